@@ -1,0 +1,32 @@
+"""``digits-c``: scikit-learn's digits under the CIFAR corruptions. Embedded: nothing is downloaded."""
+
+from collections.abc import Sequence
+
+from tta.datasets import digits
+from tta.datasets.corruptions import CORRUPTIONS
+from tta.datasets.stream import CorruptedImages
+
+
+def domains(
+    *, severity: int = 5, corruptions: Sequence[str] = CORRUPTIONS, samples: int | None = None, seed: int = 0
+) -> list[CorruptedImages]:
+    """The held-out digits, once for each corruption, in the canonical order.
+
+    Args:
+        severity: 1 to 5.
+        corruptions: which, and in which order.
+        samples: only the first so many images of each domain; all 800 if left out.
+        seed: of the corruptions' draws.
+
+    Raises:
+        ValueError: an unknown corruption or severity, or more samples than there are.
+    """
+    images, labels, index = digits.split("test")
+    if severity not in range(1, 6):
+        raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
+    if unknown := [name for name in corruptions if name not in CORRUPTIONS]:
+        raise ValueError(f"No corruption '{unknown[0]}'. There are: {', '.join(CORRUPTIONS)}.")
+    if samples is not None and not 1 <= samples <= len(images):
+        raise ValueError(f"samples is between 1 and {len(images)}; got {samples}.")
+    first = slice(samples)
+    return [CorruptedImages(n, images[first], labels[first], index[first], severity, seed) for n in corruptions]

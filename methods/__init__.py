@@ -1,0 +1,84 @@
+"""The methods, one file each, found by their file names. ``tta.adapt`` lives here."""
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tta import config
+from tta.adapter import Adapter, config_class
+
+ENTRY_POINTS = "tta.methods"
+
+
+def available() -> list[str]:
+    """Names of all methods: the files of this folder and what installed packages add, sorted."""
+    own = {file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_")}
+    return sorted(own | set(metadata.entry_points(group=ENTRY_POINTS).names))
+
+
+def find(name: str) -> type[Adapter]:
+    """The class of a method: the one ``Adapter`` subclass that its file defines.
+
+    Raises:
+        ConfigError: no method of that name; the nearest one is offered.
+    """
+    if name not in available():
+        raise config.ConfigError(
+            f"No method '{name}'.{config.nearest(name, available())} There are: {', '.join(available())}."
+        )
+    if name in metadata.entry_points(group=ENTRY_POINTS).names:
+        return metadata.entry_points(group=ENTRY_POINTS)[name].load()
+    module = import_module(f"tta.methods.{name}")
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Adapter) and value.__module__ == module.__name__
+    )
+    return found
+
+
+def adapt(
+    model: nn.Module,
+    method: str | type[Adapter],
+    *,
+    preset: str | Mapping[str, Any] | None = None,
+    copy: bool = True,
+    **hparams: Any,
+) -> Adapter:
+    """Wrap a source classifier with a test-time adaptation method.
+
+    Args:
+        model: maps images (batch, channels, height, width) to logits (batch, classes). It is copied, never changed.
+        method: a name of :func:`available`, or an ``Adapter`` subclass of your own.
+        preset: name of a benchmark whose published settings to start from (``"cifar10-c"``), or the settings.
+        copy: ``False`` adapts the caller's own module in place.
+        hparams: hyper-parameters of the method, over the preset.
+
+    Returns:
+        An adapter: ``logits = adapter(images)`` predicts and learns.
+
+    Raises:
+        ConfigError: an unknown method, preset or hyper-parameter, or a value that does not fit.
+        ValueError: the model lacks the layers that the method adapts.
+
+    Example:
+        >>> import torch, tta
+        >>> adapter = tta.adapt(tta.load_model("digits-cnn"), "tent", lr=1e-3)
+        >>> adapter(torch.rand(8, 3, 32, 32)).shape
+        torch.Size([8, 10])
+    """
+    kind = find(method) if isinstance(method, str) else method
+    if not (inspect.isclass(kind) and issubclass(kind, Adapter)):
+        raise TypeError(f"method is the name of a method or a subclass of tta.Adapter; got {method!r}.")
+    settings = config.preset(kind.__module__.rpartition(".")[2], preset) if isinstance(preset, str) else preset or {}
+    return kind(model, config.build(config_class(kind), settings, hparams), copy=copy)
+
+
+def name_of(kind: type[Adapter]) -> str:
+    """The name that tables show: the file name of a known method, the class name of a user's own."""
+    stem = kind.__module__.rpartition(".")[2]
+    return stem if kind.__module__ == f"tta.methods.{stem}" else kind.__name__

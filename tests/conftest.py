@@ -1,0 +1,78 @@
+"""The golden source models and stream, shared by the tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Block(nn.Module):
+    def __init__(self, cin: int, cout: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(cout)
+        self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(cout)
+        same = stride == 1 and cin == cout
+        self.down = nn.Identity() if same else nn.Conv2d(cin, cout, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.down(x))
+
+
+class GoldenCNN(nn.Module):
+    """Images (batch, 3, 32, 32) in [0, 1] -> logits (batch, 10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.layer1, self.layer2, self.layer3 = Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer3(self.layer2(self.layer1(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # bit-exact comparisons need one order of summation
+
+
+@pytest.fixture
+def cnn() -> nn.Module:
+    model = GoldenCNN()
+    model.load_state_dict(load_file(GOLDEN / "cnn.safetensors"))
+    return model
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=10)
+    model.load_state_dict(load_file(GOLDEN / "vit.safetensors"))
+    return model
+
+
+@pytest.fixture(scope="session")
+def golden_images() -> Tensor:
+    """(768, 3, 32, 32) float32 in [0, 1]."""
+    grey = torch.from_numpy(np.load(GOLDEN / "stream.npz")["images"])
+    return grey[:, None].repeat(1, 3, 1, 1).float() / 255
+
+
+@pytest.fixture(scope="session")
+def golden_labels() -> Tensor:
+    return torch.from_numpy(np.load(GOLDEN / "stream.npz")["labels"]).long()
+
+
+@pytest.fixture(scope="session")
+def golden_logits() -> Callable[[str], Tensor]:
+    arrays = np.load(GOLDEN / "logits.npz")
+    return lambda key: torch.from_numpy(arrays[key])

@@ -1,0 +1,222 @@
+"""What every method must do, by listing: a new file in methods/ is tested here without being named."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file, save_file
+from torch.utils.data import TensorDataset
+
+import tta
+
+BATCH = 16
+
+# Beside each method's defaults: settings under which more of it runs. (method, hyper-parameters)
+VARIANTS = [
+    ("norm", {"alpha": 0.3}),
+    ("norm", {"momentum": 0.1}),
+    ("tent", {"optimizer": "sgd", "lr": 0.05}),
+    ("tent", {"steps": 3, "optimizer": "adamw"}),
+]
+CASES = [*((name, {}) for name in tta.list_methods()), *VARIANTS]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())]))
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def make(case, cnn):
+    """Build a fresh adapter of the case."""
+    method, hparams = case
+    return lambda: tta.adapt(cnn, method, **hparams)
+
+
+@pytest.fixture
+def batches(golden_images):
+    return list(golden_images[: 6 * BATCH].split(BATCH))
+
+
+class CollectLogits(Callback):
+    def __init__(self):
+        self.logits = []
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, *_):
+        self.logits.append(outputs["logits"])
+
+
+def run(adapter, batches):
+    return torch.cat([adapter(batch) for batch in batches])
+
+
+def equal_states(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_logits_are_detached_float32(make, batches):
+    logits = make()(batches[0])
+    assert logits.shape == (BATCH, 10)
+    assert logits.dtype == torch.float32
+    assert not logits.requires_grad
+
+
+def test_plain_loop_equals_trainer(make, golden_images, golden_labels):
+    data = TensorDataset(golden_images[:100], golden_labels[:100])
+    stream = tta.stream({"a": data, "b": data}, batch_size=BATCH)
+    plain, driven, collected = make(), make(), CollectLogits()
+    expected = torch.cat([plain(batch.images) for batch in stream])
+    result = tta.evaluate(driven, stream, progress=False, callbacks=[collected])
+    assert torch.equal(torch.cat(collected.logits), expected)
+    assert torch.equal(torch.from_numpy(result.predictions.prediction), expected.argmax(1))
+    assert equal_states(plain.state_dict(), driven.state_dict())
+
+
+def test_reset_equals_fresh(make, batches):
+    fresh, adapter = make(), make()
+    run(adapter, batches)
+    adapter.reset()
+    assert equal_states(adapter.state_dict(), fresh.state_dict())
+    assert torch.equal(run(adapter, batches), run(fresh, batches))
+    assert equal_states(adapter.state_dict(), fresh.state_dict())
+
+
+def test_reset_after_loading_equals_fresh(make, batches):
+    donor, adapter, fresh = make(), make(), make()
+    run(donor, batches)
+    adapter.load_state_dict(donor.state_dict())
+    adapter.reset()
+    assert torch.equal(run(adapter, batches), run(fresh, batches))
+
+
+def test_save_load_continue_equals_uninterrupted(make, batches, tmp_path):
+    whole = run(make(), batches)
+    first = make()
+    begun = run(first, batches[:3])
+    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    second = make()
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(torch.cat([begun, run(second, batches[3:])]), whole)
+
+
+def test_state_survives_torch_save_with_weights_only(make, batches, tmp_path):
+    adapter = make()
+    run(adapter, batches[:2])
+    torch.save(adapter.state_dict(), tmp_path / "state.pt")
+    assert equal_states(torch.load(tmp_path / "state.pt", weights_only=True), adapter.state_dict())
+
+
+def test_deepcopy_goes_on_independently(make, batches):
+    original = make()
+    run(original, batches[:2])
+    state = original.state_dict()
+    duplicate = copy.deepcopy(original)
+    continued = run(duplicate, batches[2:])
+    assert equal_states(original.state_dict(), state)
+    assert torch.equal(run(original, batches[2:]), continued)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_modes_change_nothing(make, batches, mode):
+    expected = run(make(), batches)
+    adapter = make()
+    logits = []
+    for batch in batches:
+        getattr(adapter, mode)()
+        logits.append(adapter(batch))
+    assert torch.equal(torch.cat(logits), expected)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_grad_modes_change_nothing(make, batches, context):
+    expected = run(make(), batches)
+    adapter = make()
+    with context():
+        logits = run(adapter, [batch.clone() for batch in batches])
+    assert torch.equal(logits, expected)
+
+
+def test_adapter_built_under_inference_mode_adapts(make, batches):
+    expected = run(make(), batches)
+    with torch.inference_mode():
+        adapter = make()
+    assert torch.equal(run(adapter, batches), expected)
+
+
+def test_callers_model_is_untouched(make, cnn, batches):
+    cnn.train()
+    before = copy.deepcopy(cnn.state_dict())
+    flags = [parameter.requires_grad for parameter in cnn.parameters()]
+    run(make(), batches)
+    assert equal_states(cnn.state_dict(), before)
+    assert [parameter.requires_grad for parameter in cnn.parameters()] == flags
+    assert all(module.training for module in cnn.modules())
+    assert all(parameter.grad is None for parameter in cnn.parameters())
+
+
+def test_only_declared_parameters_change(make, batches):
+    adapter = make()
+    declared = {id(parameter) for parameter in adapter.parameters_to_adapt()}
+    before = {name: parameter.clone() for name, parameter in adapter.model.named_parameters()}
+    run(adapter, batches)
+    changed = {n for n, p in adapter.model.named_parameters() if not torch.equal(p, before[n])}
+    allowed = {n for n, p in adapter.model.named_parameters() if id(p) in declared}
+    assert changed == allowed
+    assert all(parameter.grad is None for parameter in adapter.model.parameters())
+
+
+def test_predict_learns_nothing(make, batches):
+    adapter = make()
+    run(adapter, batches[:2])
+    before = adapter.state_dict()
+    with torch.no_grad():
+        predicted = adapter.predict(batches[2])
+    with adapter.paused():
+        paused = adapter(batches[2])
+    assert torch.equal(predicted, paused)
+    assert equal_states(adapter.state_dict(), before)
+
+
+def test_batch_of_one_is_served(make, batches):
+    adapter = make()
+    logits = torch.cat([adapter(image[None]) for image in batches[0][:4]])
+    assert logits.shape == (4, 10)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_input_raises_and_teaches_nothing(make, batches, value):
+    adapter = make()
+    run(adapter, batches[:2])
+    before = adapter.state_dict()
+    bad = batches[2].clone()
+    bad[3, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="1 of the 16 images hold NaN or infinite"):
+        adapter(bad)
+    assert equal_states(adapter.state_dict(), before)
+
+
+def test_wrong_hyper_parameter_is_named(case, cnn):
+    with pytest.raises(ValueError, match="'no_such_key'"):
+        tta.adapt(cnn, case[0], no_such_key=1)
+
+
+def test_labels_cannot_reach_the_adapter(make, golden_images, golden_labels):
+    permuted = golden_labels[:64].flip(0)
+    true = tta.stream({"a": TensorDataset(golden_images[:64], golden_labels[:64])}, batch_size=BATCH)
+    false = tta.stream({"a": TensorDataset(golden_images[:64], permuted)}, batch_size=BATCH)
+    first, second = CollectLogits(), CollectLogits()
+    tta.evaluate(make(), true, progress=False, callbacks=[first])
+    tta.evaluate(make(), false, progress=False, callbacks=[second])
+    assert torch.equal(torch.cat(first.logits), torch.cat(second.logits))
+    assert not torch.equal(permuted, golden_labels[:64])
+
+
+def test_bf16_autocast_stays_near_float32(make, batches):
+    reference = run(make(), batches)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = run(make(), batches)
+    assert logits.dtype == torch.float32
+    assert (logits - reference).abs().median() < 0.1  # logits span about 20; bfloat16 keeps 8 bits
+    assert (logits.argmax(1) == reference.argmax(1)).float().mean() > 0.9

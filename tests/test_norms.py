@@ -1,0 +1,133 @@
+"""Normalisation layers: the three modes of `norm`, recomputed plainly; which layers `tent` finds."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tta
+from tta import norms
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    model[1].running_mean.uniform_(-1, 1)
+    model[1].running_var.uniform_(0.5, 2)
+    nn.init.uniform_(model[1].weight)
+    return model.eval()
+
+
+@pytest.fixture
+def batches():
+    return torch.rand(3, 6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def expected(model, x, mean, var):
+    conv, bn, flatten, linear = model
+    y = (conv(x) - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + bn.eps).sqrt()
+    return linear(flatten(y * bn.weight.view(1, -1, 1, 1) + bn.bias.view(1, -1, 1, 1))).detach()
+
+
+def statistics(model, x, correction):
+    y = model[0](x)
+    return y.mean((0, 2, 3)), y.var((0, 2, 3), correction=correction)
+
+
+def test_batch_statistics_use_the_biased_variance(model, batches):
+    adapter = tta.adapt(model, "norm")
+    for x in batches:
+        torch.testing.assert_close(adapter(x), expected(model, x, *statistics(model, x, correction=0)))
+
+
+def test_blend_uses_source_and_unbiased_batch_statistics(model, batches):
+    adapter = tta.adapt(model, "norm", alpha=0.3)
+    for x in batches:
+        mean, var = statistics(model, x, correction=1)
+        bn = model[1]
+        blend = 0.7 * bn.running_mean + 0.3 * mean, 0.7 * bn.running_var + 0.3 * var
+        torch.testing.assert_close(adapter(x), expected(model, x, *blend))
+
+
+def test_moving_average_takes_each_batch_in_before_using_it(model, batches):
+    adapter = tta.adapt(model, "norm", momentum=0.2)
+    mean, var = model[1].running_mean.clone(), model[1].running_var.clone()
+    for x in batches:
+        batch_mean, batch_var = statistics(model, x, correction=1)
+        mean, var = 0.8 * mean + 0.2 * batch_mean, 0.8 * var + 0.2 * batch_var
+        torch.testing.assert_close(adapter(x), expected(model, x, mean, var))
+
+
+def test_alpha_zero_is_the_source_model(model, batches):
+    torch.testing.assert_close(tta.adapt(model, "norm", alpha=0.0)(batches[0]), model(batches[0]).detach())
+
+
+def test_one_value_a_channel(batches):
+    """A batch of one with 1x1 maps: the blend serves it, pure batch statistics say why they cannot."""
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten()).eval()
+    x = batches[0][:1]
+    assert tta.adapt(model, "norm", alpha=0.1)(x).isfinite().all()
+    with pytest.raises(ValueError, match="batch of 1 .* alpha below 1"):
+        tta.adapt(model, "norm")(x)
+
+
+def test_norm_refuses_a_model_without_batch_norm(vit):
+    with pytest.raises(ValueError, match="no normalisation layer of the kinds looked for: BatchNorm. It has LayerNorm"):
+        tta.adapt(vit, "norm")
+
+
+def test_norm_refuses_a_blend_without_source_statistics():
+    with pytest.raises(ValueError, match="no running statistics"):
+        tta.adapt(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "norm", alpha=0.5)
+
+
+def test_norm_refuses_alpha_and_momentum_together(model):
+    with pytest.raises(ValueError, match="one of the two"):
+        tta.adapt(model, "norm", alpha=0.5, momentum=0.1)
+
+
+class GroupNormNet(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize("kind", ["batch", "group", "layer", "timm"])
+def test_tent_adapts_every_kind_of_normalisation(kind, cnn, vit):
+    models = {"batch": lambda: cnn, "group": GroupNormNet, "layer": lambda: vit}
+    # EfficientNet: BatchNormAct2d, a subclass that applies the activation too
+    model = models.get(kind, lambda: timm.create_model("efficientnet_lite0", num_classes=10))()
+    adapter = tta.adapt(model, "tent")
+    before = [parameter.clone() for parameter in adapter.parameters_to_adapt()]
+    adapter(torch.rand(4, 3, 32, 32))
+    affine = sum(bool(layer.elementwise_affine if kind == "layer" else True) for layer in norms.layers(model))
+    assert len(before) == 2 * affine
+    changed = [not torch.equal(a, b) for a, b in zip(before, adapter.parameters_to_adapt(), strict=True)]
+    assert all(changed)
+
+
+def test_tent_recomputed_plainly(model, batches):
+    """Two Adam steps by hand on one layer's scale and shift."""
+    adapter = tta.adapt(model, "tent", lr=0.01)
+    conv, bn, flatten, linear = model
+    weight, bias = bn.weight.detach().clone().requires_grad_(), bn.bias.detach().clone().requires_grad_()
+    moments = {id(p): [torch.zeros_like(p), torch.zeros_like(p)] for p in (weight, bias)}
+    for step, x in enumerate(batches, start=1):
+        y = F.batch_norm(conv(x), None, None, weight, bias, training=True, eps=bn.eps)
+        logits = linear(flatten(y))
+        probabilities = logits.softmax(1)
+        torch.testing.assert_close(adapter(x), logits.detach())
+        loss = -(probabilities * probabilities.log()).sum(1).mean()
+        for p, g in zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True):
+            first, second = moments[id(p)]
+            first.mul_(0.9).add_(0.1 * g)
+            second.mul_(0.999).add_(0.001 * g * g)
+            p.data -= 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+
+
+def test_frozen_parameters_get_no_gradient(cnn):
+    adapter = tta.adapt(cnn, "tent")
+    assert {n for n, p in adapter.named_parameters() if p.requires_grad} == {
+        f"model.{name}.{leaf}" for name, _ in norms.named_layers(cnn) for leaf in ("weight", "bias")
+    }

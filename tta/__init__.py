@@ -1,0 +1,64 @@
+"""Test-time adaptation of vision models.
+
+A source classifier meets a stream of shifted, unlabelled images; an adapter predicts on each batch and learns from it.
+
+Every public name is bound on first use, so that ``import tta`` is quick and ``import tta.methods.x`` works alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tta.adapter import Adapter, Config, OptimizerConfig, Output
+    from tta.datasets import stream
+    from tta.engine import evaluate
+    from tta.methods import adapt
+    from tta.methods import available as list_methods
+    from tta.models import load_model
+    from tta.report import compare
+    from tta.results import Result
+
+_HOME = {
+    "Adapter": ("tta.adapter", "Adapter"),
+    "Config": ("tta.adapter", "Config"),
+    "OptimizerConfig": ("tta.adapter", "OptimizerConfig"),
+    "Output": ("tta.adapter", "Output"),
+    "Result": ("tta.results", "Result"),
+    "adapt": ("tta.methods", "adapt"),
+    "compare": ("tta.report", "compare"),
+    "evaluate": ("tta.engine", "evaluate"),
+    "list_methods": ("tta.methods", "available"),
+    "load_model": ("tta.models", "load_model"),
+    "stream": ("tta.datasets", "stream"),
+}
+_PACKAGES = ("configs", "datasets", "methods")
+
+__all__ = [
+    "Adapter",
+    "Config",
+    "OptimizerConfig",
+    "Output",
+    "Result",
+    "adapt",
+    "compare",
+    "evaluate",
+    "list_methods",
+    "load_model",
+    "stream",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        module, attribute = _HOME[name]
+        value = getattr(import_module(module), attribute)
+    elif name in _PACKAGES:
+        value = import_module(f"tta.{name}")
+    else:
+        raise AttributeError(f"module 'tta' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_PACKAGES])

@@ -1,0 +1,338 @@
+"""The ``tta`` command: run, table, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tta import config
+
+STREAM = "digits-c"
+METHODS = ("source", "norm", "tent")
+
+RUN_HELP = """\
+Run methods on a stream, print the table, write the results. `tta run` alone is the embedded demo.
+
+words:      the stream (digits-c), methods (source norm tent), and settings key=value, in any order
+settings:   lr=1e-3            every method named that has the key
+            tent.lr=1e-3       one method
+            stream.severity=3  the stream
+            model=digits-vit   the rest: model, checkpoint, preset, protocol, reset, seed, batch_size, precision,
+                               accelerator, num_workers
+example:    tta run digits-c source tent severity=3 tent.lr=5e-3 seed=1 --out runs/mine
+"""
+
+
+class UsageError(ValueError):
+    """The user asked for something that does not exist."""
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Settings of a run that belong to no single method or stream."""
+
+    model: str | None = None
+    checkpoint: str | None = None
+    preset: str | None = None
+    protocol: str = "continual"
+    reset: str | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    num_workers: int = 0
+
+
+@dataclasses.dataclass
+class Request:
+    """A run as the command line asked for it."""
+
+    stream: str
+    methods: list[str]
+    run: RunConfig
+    stream_settings: dict[str, Any]
+    hparams: dict[str, dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed what was wrong
+        return int(stop.code or 0)
+    if not hasattr(arguments, "action"):
+        parser.print_help()
+        return 2
+    try:
+        return arguments.action(arguments)
+    except KeyboardInterrupt:
+        print("Stopped. Results of the methods that had finished are kept.", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"tta: {error or type(error).__name__}", file=sys.stderr)
+        if isinstance(error, (UsageError, config.ConfigError)):
+            return 2
+        print("tta: the run failed; --debug shows where.", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(prog="tta", description="Test-time adaptation of vision models.")
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    raw = argparse.RawDescriptionHelpFormatter
+    run = commands.add_parser(
+        "run",
+        parents=[common],
+        help="run methods on a stream, print the table",
+        description=RUN_HELP,
+        formatter_class=raw,
+    )
+    run.add_argument("words", nargs="*", metavar="STREAM|METHOD|KEY=VALUE")
+    run.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/<date and time>)")
+    run.set_defaults(action=_run)
+
+    table = commands.add_parser("table", parents=[common], help="compare results on disk")
+    table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv")
+    table.set_defaults(action=_table)
+
+    listing = commands.add_parser("list", parents=[common], help="what there is")
+    listing.add_argument("what", choices=list(LISTINGS))
+    listing.set_defaults(action=_list)
+    return parser
+
+
+# ---------------------------------------------------------------------- run
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import tta
+
+    with _usage():
+        request = parse_request(arguments.words)
+        stream = _make_stream(request)
+        model = tta.load_model(request.run.model or _default_model(request.stream), checkpoint=request.run.checkpoint)
+        adapters = {name: _make_adapter(model, name, request) for name in request.methods}
+
+    out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    console = Console(stderr=True)
+    console.print(str(stream).splitlines()[0], highlight=False)
+    results = []
+    for name, adapter in adapters.items():
+        settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
+        preset = f" [preset {_preset(name, request)}]" if _preset(name, request) else ""
+        console.print(f"{name}{preset} {settings}", highlight=False, markup=False)
+        run = request.run
+        result = tta.evaluate(
+            adapter,
+            stream,
+            reset=run.reset,
+            precision=run.precision,
+            accelerator=run.accelerator,
+            num_workers=run.num_workers,
+            progress=console.is_terminal,
+        )
+        folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
+        result.save(folder)
+        results.append(result)
+    Console().print(tta.compare(results))
+    console.print(f"Results: {out}", highlight=False)
+    return 0
+
+
+def parse_request(words: Sequence[str]) -> Request:
+    """Sort the words of ``tta run`` into stream, methods and settings, each checked by name and type.
+
+    Raises:
+        UsageError: a word that is neither a stream nor a method, or a key that nothing has; the nearest is offered.
+    """
+    from tta import datasets, methods
+    from tta.adapter import config_class
+
+    names = [word for word in words if "=" not in word]
+    streams = [name for name in names if name in datasets.STREAMS]
+    chosen = [name for name in names if name not in datasets.STREAMS]
+    if len(streams) > 1:
+        raise UsageError(f"One run is on one stream; got {', '.join(streams)}.")
+    for name in chosen:
+        if name not in methods.available():
+            known = [*datasets.STREAMS, *methods.available()]
+            raise UsageError(
+                f"'{name}' is neither a stream nor a method.{config.nearest(name, known)} "
+                f"Streams: {', '.join(datasets.STREAMS)}. Methods: {', '.join(methods.available())}."
+            )
+    if repeated := {name for name in chosen if chosen.count(name) > 1}:
+        raise UsageError(f"Method named twice: {', '.join(sorted(repeated))}.")
+    stream = streams[0] if streams else STREAM
+    chosen = chosen or list(METHODS)
+
+    keys = {name: [f.name for f in dataclasses.fields(config_class(methods.find(name)))] for name in chosen}  # type: ignore[arg-type]
+    of_run = [field.name for field in dataclasses.fields(RunConfig)]
+    of_stream = datasets.stream_settings(stream)
+    run: dict[str, Any] = {}
+    stream_settings: dict[str, Any] = {}
+    hparams: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    for word in words:
+        if "=" not in word:
+            continue
+        key, _, text = word.partition("=")
+        value = config.parse(text)
+        owner, dot, name = key.partition(".")
+        having = [method for method in chosen if key in keys[method]]
+        if dot and owner == "stream":
+            known = [*of_stream, "seed", "protocol", "batch_size"]
+            if name not in known:
+                raise UsageError(f"Stream '{stream}' has no key '{name}'.{config.nearest(name, known)}")
+            (stream_settings if name in of_stream else run)[name] = value
+        elif dot and owner in keys:
+            hparams[owner][name] = value  # a wrong name is answered by the method's own config
+        elif dot:
+            known = ["stream", *chosen]
+            raise UsageError(
+                f"'{key}': '{owner}' is not in this run.{config.nearest(owner, known)} There are: {', '.join(known)}."
+            )
+        elif key in of_run:
+            run[key] = value
+        elif having:
+            for method in having:
+                hparams[method][key] = value
+        elif key in of_stream:
+            stream_settings[key] = value
+        else:
+            known = sorted({*of_run, *of_stream, *(k for names in keys.values() for k in names)})
+            raise UsageError(
+                f"No method of this run ({', '.join(chosen)}) has a key '{key}', nor has the run or the stream."
+                f"{config.nearest(key, known)}"
+            )
+    if run.get("reset") is not None:
+        run["reset"] = str(run["reset"])
+    return Request(stream, chosen, config.build(RunConfig, run), stream_settings, hparams)
+
+
+def _make_stream(request: Request) -> Any:
+    import tta
+    from tta.engine import reset_period
+
+    defaults = config.load("stream", request.stream)
+    defaults.pop("model", None)
+    run = request.run
+    if run.reset is not None:
+        reset_period(run.reset)
+    batch_size = run.batch_size or defaults.pop("batch_size", 64)
+    defaults.pop("batch_size", None)
+    settings = {**defaults, **request.stream_settings}
+    return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
+
+
+def _default_model(stream: str) -> str:
+    model = config.load("stream", stream).get("model")
+    if model is None:
+        raise UsageError(f"Stream '{stream}' has no model of its own: name one, such as model=timm:resnet50.")
+    return str(model)
+
+
+def _preset(method: str, request: Request) -> str | None:
+    """The preset asked for, else the one of the stream's name where the method has it."""
+    if request.run.preset:
+        return request.run.preset
+    return request.stream if request.stream in config.load("method", method) else None
+
+
+def _make_adapter(model: Any, method: str, request: Request) -> Any:
+    import tta
+
+    return tta.adapt(model, method, preset=_preset(method, request), **request.hparams[method])
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or its first numbered sibling that holds no result yet: nothing is overwritten."""
+    number, free = 1, folder
+    while (free / "result.json").exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """While a run is being set up, what does not fit is the user's mistake and not a failed run."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+
+
+# ---------------------------------------------------------------------- table, list
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    import tta
+    from tta.results import find_results
+
+    with _usage():
+        comparison = tta.compare(find_results(arguments.folders))
+        if arguments.format == "terminal":
+            Console().print(comparison)
+        else:
+            print(comparison.format(arguments.format))
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, line in LISTINGS[arguments.what]():
+        table.add_row(name, line)
+    Console().print(table)
+    return 0
+
+
+def _methods() -> list[tuple[str, str]]:
+    from tta import methods
+
+    return [(name, (methods.find(name).__doc__ or "").strip().splitlines()[0]) for name in methods.available()]
+
+
+def _streams() -> list[tuple[str, str]]:
+    from tta import datasets
+
+    return [(name, line) for name, (_, line) in datasets.STREAMS.items()]
+
+
+def _models() -> list[tuple[str, str]]:
+    from tta import models
+
+    return [(name, "") for name in models.list_models()]
+
+
+def _corruptions() -> list[tuple[str, str]]:
+    from tta.datasets.corruptions import CORRUPTIONS
+
+    return [(name, "") for name in CORRUPTIONS]
+
+
+def _protocols() -> list[tuple[str, str]]:
+    from tta import datasets
+
+    return [(name, line) for name, (_, line) in datasets.PROTOCOLS.items()]
+
+
+LISTINGS = {
+    "methods": _methods,
+    "streams": _streams,
+    "models": _models,
+    "corruptions": _corruptions,
+    "protocols": _protocols,
+}

@@ -1,0 +1,108 @@
+"""Hyper-parameters: defaults <- preset <- overrides, checked by name and type. The only importer of omegaconf."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+C = TypeVar("C")
+PLAIN = (bool, int, float, str, bytes, list, tuple, dict, type(None))
+
+
+class ConfigError(ValueError):
+    """A hyper-parameter, preset or setting that does not exist or does not fit its type."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the choice most like ``word``, or nothing where none is alike."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
+    """An instance of the dataclass ``kind``: its defaults, overridden by each of the layers in turn.
+
+    Values are converted where that loses nothing (``"1e-3"`` for a float). Objects that a configuration file cannot
+    hold (tensors, callables) are taken as they are.
+
+    Raises:
+        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or outside its range.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key not in names:
+                raise ConfigError(
+                    f"Key '{key}' not in '{kind.__name__}'.{nearest(key, names)} "
+                    + (f"There are: {', '.join(names)}." if names else "It has no keys.")
+                )
+            given[key] = value
+    plain = {key: value for key, value in given.items() if isinstance(value, PLAIN)}
+    objects = {key: value for key, value in given.items() if key not in plain}
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
+        return dataclasses.replace(config, **objects) if objects else config  # type: ignore[arg-type, type-var, return-value]
+    except (ValidationError, ConfigKeyError) as error:
+        raise ConfigError(f"{kind.__name__}: {str(error).splitlines()[0]} ({_culprit(error)})") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{kind.__name__}: {str(error).splitlines()[0]}") from None
+
+
+def _culprit(error: OmegaConfBaseException) -> str:
+    return f"key '{error.full_key}'" if getattr(error, "full_key", None) else "check the value"
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values; objects without a plain form appear as their ``repr``."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+
+
+def parse(text: str) -> Any:
+    """The value of one command-line override: a number, boolean, list, null, or else the text itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load(folder: str, name: str) -> dict[str, Any]:
+    """The YAML file ``configs/<folder>/<name>.yaml`` as a dictionary; empty where there is none."""
+    file = resources.files("tta.configs") / folder / f"{name}.yaml"
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+
+
+def names(folder: str) -> list[str]:
+    """Names of the YAML files in ``configs/<folder>``, sorted."""
+    files = (resources.files("tta.configs") / folder).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def preset(method: str, name: str) -> dict[str, Any]:
+    """The settings of ``configs/method/<method>.yaml`` for one benchmark.
+
+    Raises:
+        ConfigError: the method has no such preset; the message lists those it has.
+    """
+    presets = load("method", method)
+    if name not in presets:
+        known = f"There are: {', '.join(presets)}." if presets else "It has none."
+        raise ConfigError(f"Method '{method}' has no preset '{name}'.{nearest(name, presets)} {known}")
+    return dict(presets[name] or {})

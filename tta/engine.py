@@ -1,0 +1,340 @@
+"""The online loop on Lightning: each batch once, predicted and learned from, scored as it arrives.
+
+The only importer of lightning. ``evaluate`` equals a plain ``for`` loop over the stream bit for bit.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from tta import methods
+from tta.adapter import Adapter
+from tta.config import as_dict
+from tta.datasets.stream import UNKNOWN, Batch, Stream, to_float
+from tta.results import Predictions, Result, Row, environment
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def evaluate(
+    adapter: Adapter,
+    stream: Stream,
+    *,
+    reset: str | int | None = None,
+    progress: bool = True,
+    logger: Logger | Sequence[Logger] | bool = False,
+    callbacks: Sequence[Callback] = (),
+    accelerator: str = "auto",
+    precision: str = "32-true",
+    num_workers: int = 0,
+) -> Result:
+    """Online error of an adapter on a stream: every sample predicted once, when it arrives.
+
+    Args:
+        adapter: made by :func:`tta.adapt`; it goes on from its present state and keeps what it learns.
+        stream: made by :func:`tta.stream`.
+        reset: back to the source model ``"never"``, before each ``"domain"``, before each ``"batch"``, or every N
+            batches (``N`` or ``"N batches"``). Left out: what the stream's protocol says.
+        progress: show a progress bar with the domain, the online error so far and images/s.
+        logger: any Lightning logger(s); gets ``error/<domain>`` and ``mean_error``.
+        callbacks: further Lightning callbacks.
+        accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``; one stream runs on one device.
+        precision: ``"32-true"``, the reference, or ``"bf16-mixed"``.
+        num_workers: processes that read ahead.
+
+    Returns:
+        The errors per domain, with a manifest of what would reproduce them.
+
+    Raises:
+        ValueError: an unknown reset or a precision that is not supported.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision is one of {', '.join(PRECISIONS)}; got {precision!r}. Steps of 16-mixed would be unscaled, and "
+            "steps of 1e-4 vanish in weights that are themselves 16 bits wide."
+        )
+    module = OnlineModule(adapter, reset=stream.reset if reset is None else reset)
+    device = adapter.device
+    with _quiet(), isolate_rng():
+        pl.seed_everything(stream.seed, verbose=False)
+        trainer = pl.Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]
+            logger=logger,  # type: ignore[arg-type]
+            callbacks=[*callbacks, *([OnlineProgress(stream)] if progress else [])],
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            inference_mode=False,  # no_grad serves as well and spares the adapter a copy of each batch
+        )
+        trainer.test(module, stream.loader(num_workers), verbose=False)
+    adapter.to(device)
+    predictions = module.predictions()
+    manifest = {
+        "method": methods.name_of(type(adapter)),
+        "config": as_dict(adapter.config),
+        "model": {
+            "spec": getattr(adapter.model, "spec", type(adapter.model).__name__),
+            "weights": adapter.source_fingerprint,
+            "preprocessing": getattr(adapter.model, "preprocessing", None),
+        },
+        "data": stream.describe(),
+        "reset": module.reset,
+        "scored_forward": adapter.scored_forward,
+        "precision": precision,
+        "device": module.device_name,
+        "environment": environment(),
+    }
+    return Result(
+        method=manifest["method"],
+        stream=stream.name,
+        seed=stream.seed,
+        reset=module.reset,
+        rows=tuple(_rows(stream, predictions)),
+        config=manifest["config"],
+        manifest=manifest,
+        seconds=module.seconds,
+        skipped_updates=module.skipped_updates,
+        predictions=predictions,
+    )
+
+
+def _rows(stream: Stream, predictions: Predictions) -> Iterator[Row]:
+    for number, domain in enumerate(stream.domains):
+        here = (predictions.domain == number) & (predictions.label != UNKNOWN)
+        wrong = here & (predictions.prediction != predictions.label)
+        yield Row(domain=domain.name, samples=int(here.sum()), errors=int(wrong.sum()))
+
+
+def reset_period(reset: str | int) -> tuple[str, int]:
+    """A reset in words, and the number of batches between two resets (0 for never, -1 for each domain).
+
+    Raises:
+        ValueError: not ``never``, ``domain``, ``batch``, a positive number or ``"N batches"``.
+    """
+    fixed = {"never": 0, "domain": -1, "batch": 1}
+    if reset in fixed:
+        return str(reset), fixed[str(reset)]
+    number = str(reset).removesuffix("batches").strip()
+    if not number.isdigit() or int(number) < 1:
+        raise ValueError(f"reset is 'never', 'domain', 'batch', or a number of batches such as 10; got {reset!r}.")
+    return ("batch", 1) if int(number) == 1 else (f"{int(number)} batches", int(number))
+
+
+class OnlineModule(pl.LightningModule):
+    """An adapter as a LightningModule, for ``Trainer.test`` and ``Trainer.predict`` of your own.
+
+    A loader may give :class:`~tta.datasets.Batch` objects, pairs ``(images, labels)``, or in ``predict`` images alone.
+    Only images reach the adapter. ``test_step`` returns the logits to callbacks as ``outputs["logits"]``.
+
+    Args:
+        adapter: made by :func:`tta.adapt`.
+        reset: as in :func:`tta.evaluate`.
+    """
+
+    def __init__(self, adapter: Adapter, *, reset: str | int = "never") -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.reset, self._period = reset_period(reset)
+        self.seconds = 0.0
+        self.device_name = "cpu"
+        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._last_domain = -1
+        self._skipped = 0
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates skipped in this run, over all resets."""
+        return self._skipped + self.adapter.skipped_updates
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move the images alone: labels stay where no adapter can see them."""
+        if isinstance(batch, Batch):
+            images, labels, domain, index = batch
+        else:
+            images, labels = (batch, None) if isinstance(batch, Tensor) else batch[:2]
+            first = sum(len(prediction) for *_, prediction in self._seen)
+            domain = torch.full((len(images),), dataloader_idx)
+            index = torch.arange(first, first + len(images))
+            labels = torch.full((len(images),), UNKNOWN) if labels is None else labels
+        return Batch(to_float(images.to(device, non_blocking=True)), labels, domain, index)
+
+    def on_test_start(self) -> None:
+        self._begin()
+
+    def on_predict_start(self) -> None:
+        self._begin()
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        logits = self._predict_and_learn(batch, batch_idx)
+        self._seen.append((batch.domain, batch.index, batch.labels, logits.argmax(1)))
+        return {"logits": logits}
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self._predict_and_learn(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.device_name = torch.cuda.get_device_name(self.device)
+        self.seconds = time.perf_counter() - self._started
+        predictions = self.predictions()
+        known = predictions.label != UNKNOWN
+        wrong = (predictions.prediction != predictions.label) & known
+        names = getattr(getattr(self.trainer.test_dataloaders, "dataset", None), "domains", None)
+        errors = {}
+        for number in sorted(set(predictions.domain[known].tolist())):
+            here = known & (predictions.domain == number)
+            errors[names[number].name if names else str(number)] = 100.0 * wrong[here].mean()
+        if errors:
+            scores = {f"error/{name}": float(error) for name, error in errors.items()}
+            self.log_dict({**scores, "mean_error": sum(scores.values()) / len(scores)}, batch_size=1)
+
+    def predictions(self) -> Predictions:
+        """What was predicted so far, in stream order."""
+        columns = [torch.cat([part.cpu() for part in column]).numpy() for column in zip(*self._seen, strict=True)]
+        domain, index, label, prediction = columns
+        return Predictions(domain=domain, index=index, label=label, prediction=prediction)
+
+    def wrong_and_known(self, first: int) -> tuple[int, int]:
+        """Errors and samples with a known class since batch number ``first``; waits for the device."""
+        wrong = known = 0
+        for _, _, label, prediction in self._seen[first:]:
+            keep = label != UNKNOWN
+            wrong += int((prediction.cpu()[keep] != label[keep]).sum())
+            known += int(keep.sum())
+        return wrong, known
+
+    def _begin(self) -> None:
+        self._seen = []
+        self._last_domain = -1
+        self._skipped = -self.adapter.skipped_updates
+        self._started = time.perf_counter()
+
+    def _predict_and_learn(self, batch: Batch, batch_idx: int) -> Tensor:
+        domain = int(batch.domain[0])
+        changed, self._last_domain = domain != self._last_domain, domain
+        if (self._period == -1 and changed) or (self._period > 0 and batch_idx % self._period == 0):
+            self._skipped += self.adapter.skipped_updates  # a reset clears the adapter's own count
+            self.adapter.reset()
+        return self.adapter.step(batch.images).logits
+
+
+class AdaptCallback(Callback):
+    """Adapt a model inside an existing LightningModule while ``Trainer.test`` or ``Trainer.predict`` runs.
+
+    For the run the sub-module named by ``attribute`` is replaced by an adapter around a copy of it; afterwards the
+    original is back, unchanged. ``callback.adapter`` keeps what was learned and goes on from there in the next run.
+
+    Args:
+        method: as in :func:`tta.adapt`.
+        attribute: dotted name of the classifier inside the LightningModule.
+        hparams: as in :func:`tta.adapt`.
+
+    Raises:
+        ValueError: the LightningModule has no such sub-module; those it has are listed.
+    """
+
+    def __init__(self, method: str | type[Adapter], *, attribute: str = "model", **hparams: Any) -> None:
+        self.adapter: Adapter | None = None
+        self._method, self._attribute, self._hparams = method, attribute, hparams
+        self._original: nn.Module | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage not in ("test", "predict"):
+            return
+        try:
+            original = attrgetter(self._attribute)(pl_module)
+        except AttributeError:
+            raise ValueError(
+                f"{type(pl_module).__name__} has no sub-module '{self._attribute}'. Name the classifier with attribute=; "
+                f"there are: {', '.join(name for name, _ in pl_module.named_children())}."
+            ) from None
+        if self.adapter is None:
+            self.adapter = methods.adapt(original, self._method, **self._hparams)
+        self._original = original
+        self._put(pl_module, self.adapter)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._original is not None:
+            self._put(pl_module, self._original)
+            self._original = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "test")
+
+    def _put(self, pl_module: pl.LightningModule, model: nn.Module) -> None:
+        owner, _, name = self._attribute.rpartition(".")
+        setattr(attrgetter(owner)(pl_module) if owner else pl_module, name, model)
+
+
+class OnlineProgress(ProgressBar):
+    """A progress bar with the domain, the online error so far and images/s, refreshed at most 4 times a second."""
+
+    REFRESH_SECONDS = 0.25
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[status]}"), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+        self._bar.start()
+        self._task = self._bar.add_task("starting", total=len(self._stream), status="")
+        self._started = self._refreshed = time.perf_counter()
+        self._batches = self._wrong = self._known = self._images = 0
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._images += len(batch.images)
+        now = time.perf_counter()
+        if now - self._refreshed < self.REFRESH_SECONDS:
+            return
+        self._refreshed = now
+        wrong, known = pl_module.wrong_and_known(self._batches)
+        self._batches, self._wrong, self._known = batch_idx + 1, self._wrong + wrong, self._known + known
+        error = f"{100 * self._wrong / self._known:.1f} %" if self._known else "-"
+        self._bar.update(
+            self._task,
+            completed=batch_idx + 1,
+            description=self._stream.domains[int(batch.domain[0])].name,
+            status=f"online error {error}, {self._images / (now - self._started):.0f} images/s",
+            refresh=True,
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.stop()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the trainer's banners, tips and hints about the data loader; errors still show."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,122 @@
+"""Normalisation layers: find them, choose their statistics, name their affine parameters.
+
+Which statistics a BatchNorm layer uses belongs to the method. Every function here makes the choice part of the layer
+itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
+BATCH_NORMS = (_BatchNorm,)
+AFFINE_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def named_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[tuple[str, nn.Module]]:
+    """Normalisation layers of the given kinds with their names, in the order of ``named_modules``."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[nn.Module]:
+    """Normalisation layers of the given kinds.
+
+    Raises:
+        ValueError: the model has none; the message names what was looked for and what normalisation-like layers exist.
+    """
+    found = [module for _, module in named_layers(model, kinds)]
+    if not found:
+        wanted = ", ".join("BatchNorm" if kind is _BatchNorm else kind.__name__ for kind in kinds)
+        similar = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
+        raise ValueError(
+            f"{type(model).__name__} has no normalisation layer of the kinds looked for: {wanted}. "
+            + (f"It has {', '.join(similar)}. " if similar else "")
+            + "Use a method that does not adapt normalisation layers, or a model that has them."
+        )
+    return found
+
+
+def use_batch_statistics(layer: nn.Module) -> None:
+    """Make a BatchNorm layer normalise by the statistics of the current batch, in ``train()`` and ``eval()`` alike.
+
+    The running statistics are removed: a layer without them has only the batch to look at. Other layers (GroupNorm,
+    LayerNorm) have no batch statistics and are left as they are.
+    """
+    if isinstance(layer, _BatchNorm):
+        layer.track_running_stats = False
+        layer.running_mean = None
+        layer.running_var = None
+        layer.num_batches_tracked = None
+
+
+class BlendedBatchNorm(nn.Module):
+    """A BatchNorm layer that normalises by ``(1 - weight) * stored + weight * batch`` statistics.
+
+    The batch variance is the unbiased one, as in the published code; statistics enter as constants (no gradient flows
+    through them). With ``remember`` on, the blend becomes the stored statistics (an exponential moving average). The
+    wrapped layer keeps its own class, so fused activations (timm's ``BatchNormAct2d``) go on working.
+
+    Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020.
+    """
+
+    def __init__(self, layer: _BatchNorm, weight: float) -> None:
+        super().__init__()
+        if layer.running_mean is None or layer.running_var is None:
+            raise ValueError(
+                "A BatchNorm layer of the model has no running statistics (track_running_stats=False): "
+                "there are no source statistics to blend with. Use pure batch statistics instead (alpha=1)."
+            )
+        self.layer = layer.eval()
+        self.weight = weight
+        self.remember = False
+
+    def train(self, mode: bool = True) -> "BlendedBatchNorm":
+        """Do nothing: the wrapped layer reads the statistics it is given, whatever the mode of the model."""
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            dims = [d for d in range(x.dim()) if d != 1]
+            # One value a channel has no unbiased variance; its biased one is 0, which the source share keeps usable.
+            correction = 1 if x.numel() > x.shape[1] else 0
+            batch_var, batch_mean = torch.var_mean(x.float(), dim=dims, correction=correction)
+            running_mean, running_var = self.layer.running_mean, self.layer.running_var
+            assert running_mean is not None and running_var is not None
+            mean = torch.lerp(running_mean, batch_mean, self.weight)
+            var = torch.lerp(running_var, batch_var, self.weight)
+            if self.remember:
+                # On a GPU a bad batch is reported a batch late: it must not enter the average meanwhile.
+                finite = mean.isfinite() & var.isfinite()
+                running_mean.copy_(torch.where(finite, mean, running_mean))
+                running_var.copy_(torch.where(finite, var, running_var))
+        return functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
+
+
+def blend_statistics(model: nn.Module, weight: float) -> None:
+    """Replace every BatchNorm layer below ``model`` by a :class:`BlendedBatchNorm` with the given batch weight."""
+    blended: dict[nn.Module, BlendedBatchNorm] = {}  # a layer used in two places stays one layer
+    for parent in list(model.modules()):
+        if isinstance(parent, BlendedBatchNorm):
+            continue
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _BatchNorm):
+                if child not in blended:
+                    blended[child] = BlendedBatchNorm(child, weight)
+                setattr(parent, name, blended[child])
+
+
+@contextmanager
+def remembering(model: nn.Module) -> Iterator[None]:
+    """Within this context every :class:`BlendedBatchNorm` stores the blend it computes."""
+    blended = [module for module in model.modules() if isinstance(module, BlendedBatchNorm)]
+    for module in blended:
+        module.remember = True
+    try:
+        yield
+    finally:
+        for module in blended:
+            module.remember = False
