@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     domain: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
 
 
 def to_float(images: Tensor) -> Tensor:

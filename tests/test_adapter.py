@@ -294,7 +294,7 @@ def test_wrong_hyper_parameters_are_named(cnn, hparams, message):
 
 
 def test_unknown_method_is_answered_with_the_nearest(cnn):
-    with pytest.raises(ValueError, match="No method 'tnet'. Did you mean 'tent'"):
+    with pytest.raises(ValueError, match=r"No method 'tnet'. Did you mean 'tent'"):
         tta.adapt(cnn, "tnet")
 
 

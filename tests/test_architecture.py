@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tta.config": "omegaconf yaml tta.adapter",
     "tta.configs": "",
     "tta.results": f"{ADAPTER} numpy tta.config tta.models",
-    "tta.engine": f"{ADAPTER} lightning torchmetrics rich tta.config tta.results tta.datasets.*",
+    "tta.engine": f"{ADAPTER} lightning torchmetrics rich tta.config tta.results tta.methods tta.datasets.*",
     "tta.report": f"{ANYTHING} rich pandas matplotlib tta.datasets.*",
     "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report",
     "tta.__main__": "tta.cli",

@@ -69,12 +69,14 @@ def test_one_value_a_channel(batches):
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten()).eval()
     x = batches[0][:1]
     assert tta.adapt(model, "norm", alpha=0.1)(x).isfinite().all()
-    with pytest.raises(ValueError, match="batch of 1 .* alpha below 1"):
+    with pytest.raises(ValueError, match=r"batch of 1 .* alpha below 1"):
         tta.adapt(model, "norm")(x)
 
 
 def test_norm_refuses_a_model_without_batch_norm(vit):
-    with pytest.raises(ValueError, match="no normalisation layer of the kinds looked for: BatchNorm. It has LayerNorm"):
+    with pytest.raises(
+        ValueError, match=r"no normalisation layer of the kinds looked for: BatchNorm. It has LayerNorm"
+    ):
         tta.adapt(vit, "norm")
 
 

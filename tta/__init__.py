@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tta.adapter import Adapter, Config, OptimizerConfig, Output
-    from tta.datasets import stream
+    from tta.datasets.catalog import stream
     from tta.engine import evaluate
     from tta.methods import adapt
     from tta.methods import available as list_methods
@@ -29,7 +29,7 @@ _HOME = {
     "evaluate": ("tta.engine", "evaluate"),
     "list_methods": ("tta.methods", "available"),
     "load_model": ("tta.models", "load_model"),
-    "stream": ("tta.datasets", "stream"),
+    "stream": ("tta.datasets.catalog", "stream"),
 }
 _PACKAGES = ("configs", "datasets", "methods")
 

@@ -68,8 +68,8 @@ class Adapter(nn.Module):
     """A source classifier that adapts to the stream it predicts: ``logits = adapter(x)`` predicts *and* learns.
 
     A method overrides :meth:`configure_model` and :meth:`adapt`, at times :meth:`parameters_to_adapt` and
-    :meth:`predict`, and names its hyper-parameters with the annotation ``config: MyConfig``. The adapter defends itself,
-    so that any loop may drive it: under ``no_grad`` or ``inference_mode``, after ``train()`` or ``eval()``, under
+    :meth:`predict`, and names its hyper-parameters with the annotation ``config: MyConfig``. The adapter defends
+    itself, so that any loop may drive it: under ``no_grad`` or ``inference_mode``, after ``train()`` or ``eval()``, under
     autocast, with a batch that makes the loss infinite.
 
     Args:
@@ -257,8 +257,8 @@ class Adapter(nn.Module):
         """Take the adapter's own entries out of ``state_dict``, then load the rest as any module does."""
         if prefix + self._STATE not in state_dict:
             raise ValueError(
-                f"This is not the state of an adapter: it has no entry '{prefix + self._STATE}'. To load weights of the "
-                "source model, load them into the model before adapting it."
+                f"This is not the state of an adapter: it has no entry '{prefix + self._STATE}'. To load weights of "
+                "the source model, load them into the model before adapting it."
             )
         extra = json.loads(bytes(state_dict.pop(prefix + self._STATE).cpu().tolist()))
         if extra["method"] != type(self).__name__:

@@ -159,20 +159,21 @@ def parse_request(words: Sequence[str]) -> Request:
     Raises:
         UsageError: a word that is neither a stream nor a method, or a key that nothing has; the nearest is offered.
     """
-    from tta import datasets, methods
+    from tta import methods
     from tta.adapter import config_class
+    from tta.datasets import catalog
 
     names = [word for word in words if "=" not in word]
-    streams = [name for name in names if name in datasets.STREAMS]
-    chosen = [name for name in names if name not in datasets.STREAMS]
+    streams = [name for name in names if name in catalog.STREAMS]
+    chosen = [name for name in names if name not in catalog.STREAMS]
     if len(streams) > 1:
         raise UsageError(f"One run is on one stream; got {', '.join(streams)}.")
     for name in chosen:
         if name not in methods.available():
-            known = [*datasets.STREAMS, *methods.available()]
+            known = [*catalog.STREAMS, *methods.available()]
             raise UsageError(
                 f"'{name}' is neither a stream nor a method.{config.nearest(name, known)} "
-                f"Streams: {', '.join(datasets.STREAMS)}. Methods: {', '.join(methods.available())}."
+                f"Streams: {', '.join(catalog.STREAMS)}. Methods: {', '.join(methods.available())}."
             )
     if repeated := {name for name in chosen if chosen.count(name) > 1}:
         raise UsageError(f"Method named twice: {', '.join(sorted(repeated))}.")
@@ -181,7 +182,7 @@ def parse_request(words: Sequence[str]) -> Request:
 
     keys = {name: [f.name for f in dataclasses.fields(config_class(methods.find(name)))] for name in chosen}  # type: ignore[arg-type]
     of_run = [field.name for field in dataclasses.fields(RunConfig)]
-    of_stream = datasets.stream_settings(stream)
+    of_stream = catalog.stream_settings(stream)
     run: dict[str, Any] = {}
     stream_settings: dict[str, Any] = {}
     hparams: dict[str, dict[str, Any]] = {name: {} for name in chosen}
@@ -306,9 +307,9 @@ def _methods() -> list[tuple[str, str]]:
 
 
 def _streams() -> list[tuple[str, str]]:
-    from tta import datasets
+    from tta.datasets import catalog
 
-    return [(name, line) for name, (_, line) in datasets.STREAMS.items()]
+    return [(name, line) for name, (_, line) in catalog.STREAMS.items()]
 
 
 def _models() -> list[tuple[str, str]]:
@@ -324,9 +325,9 @@ def _corruptions() -> list[tuple[str, str]]:
 
 
 def _protocols() -> list[tuple[str, str]]:
-    from tta import datasets
+    from tta.datasets import catalog
 
-    return [(name, line) for name, (_, line) in datasets.PROTOCOLS.items()]
+    return [(name, line) for name, (_, line) in catalog.PROTOCOLS.items()]
 
 
 LISTINGS = {

@@ -261,8 +261,8 @@ class AdaptCallback(Callback):
             original = attrgetter(self._attribute)(pl_module)
         except AttributeError:
             raise ValueError(
-                f"{type(pl_module).__name__} has no sub-module '{self._attribute}'. Name the classifier with attribute=; "
-                f"there are: {', '.join(name for name, _ in pl_module.named_children())}."
+                f"{type(pl_module).__name__} has no sub-module '{self._attribute}'. Name the classifier with "
+                f"attribute=; there are: {', '.join(name for name, _ in pl_module.named_children())}."
             ) from None
         if self.adapter is None:
             self.adapter = methods.adapt(original, self._method, **self._hparams)

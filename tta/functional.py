@@ -1,6 +1,5 @@
 """Pure functions of logits that several methods share."""
 
-import torch
 from torch import Tensor
 
 

@@ -85,7 +85,8 @@ class BlendedBatchNorm(nn.Module):
             correction = 1 if x.numel() > x.shape[1] else 0
             batch_var, batch_mean = torch.var_mean(x.float(), dim=dims, correction=correction)
             running_mean, running_var = self.layer.running_mean, self.layer.running_var
-            assert running_mean is not None and running_var is not None
+            assert running_mean is not None
+            assert running_var is not None
             mean = torch.lerp(running_mean, batch_mean, self.weight)
             var = torch.lerp(running_var, batch_var, self.weight)
             if self.remember:

@@ -1,0 +1,77 @@
+"""Train the embedded source models on scikit-learn's digits.
+
+    python benchmarks/train_digits.py                # about 70 s on 2 cores; writes tta/weights/*.safetensors
+
+Expect a clean held-out error of about 1 % (CNN) and 3 % (ViT). The same machine gives the same bytes again. The training
+images are shifted, turned and scaled a little, as handwriting is; they see none of the benchmark's corruptions.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from tta.datasets import digits
+from tta.models import EMBEDDED, HALF, ImageClassifier
+
+EPOCHS = {"digits-cnn": 40, "digits-vit": 150}
+LEARNING_RATE = {"digits-cnn": 3e-3, "digits-vit": 2e-3}
+
+
+def jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Turn by up to 12 degrees, scale by up to 10 %, shift by up to 2 pixels; (n, 3, 32, 32)."""
+    turn, scale, dx, dy = (torch.rand(4, len(images), generator=generator) * 2 - 1).unbind()
+    angle, scale, dx, dy = turn * 0.21, 1 + 0.1 * scale, dx / 8, dy / 8
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    matrix = torch.stack([torch.stack([cos, -sin, dx], 1), torch.stack([sin, cos, dy], 1)], 1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def train(name: str, epochs: int) -> tuple[nn.Module, float]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    images, labels, _ = digits.split("train")
+    images = images.float() / 255
+    model = ImageClassifier(EMBEDDED[name][0](), HALF, HALF, name, (32, 32))
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE[name])
+    steps = epochs * -(-len(images) // 128)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE[name], total_steps=steps, pct_start=0.1)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=generator).split(128):
+            loss = F.cross_entropy(model(jitter(images[batch], generator)), labels[batch], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    images, labels, _ = digits.split("test")
+    with torch.no_grad():
+        error = 100 * (model(images.float() / 255).argmax(1) != labels).float().mean().item()
+    return model.model, error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "tta" / "weights")
+    parser.add_argument("--epochs", type=int, help="of both models (default: 40 for the CNN, 150 for the ViT)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # one order of summation: the same bytes whatever else the machine does
+    torch.use_deterministic_algorithms(True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, (_, file) in EMBEDDED.items():
+        model, error = train(name, arguments.epochs or EPOCHS[name])
+        state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+        save_file(state, arguments.out / file)
+        print(f"{name}: clean held-out error {error:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Pictures of frost for the corruption of that name: a procedural texture, or a folder of photographs.
+
+The photographs of the published generator are not ours to ship. The texture stands in for them: patches of needle-like
+crystals over dark ground, in cool grey-blue, at the scale that the CIFAR recipe brings the photographs to.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from tta.datasets import draws
+
+SIDE = 256  # of a texture, in pixels; it repeats seamlessly
+_SUFFIXES = {".png", ".jpg", ".jpeg"}
+# Mean, standard deviation of the five textures: window frost between thin and dense, .45 and .2 on average.
+_LOOKS = ((0.45, 0.20), (0.38, 0.21), (0.52, 0.19), (0.41, 0.22), (0.49, 0.18))
+_TINT = (0.93, 1.0, 1.07)  # ice is slightly blue
+_ORIENTATIONS = 7
+
+
+@lru_cache(maxsize=1)
+def textures() -> tuple[Tensor, ...]:
+    """Five procedural pictures of frost, always the same: uint8 (3, 256, 256) each, on the CPU."""
+    return tuple(_texture(number, mean, std) for number, (mean, std) in enumerate(_LOOKS))
+
+
+def photographs(folder: str | Path) -> tuple[Tensor, ...]:
+    """All pictures of a folder (.png, .jpg, .jpeg), sorted by name: uint8 (3, height, width) each, on the CPU.
+
+    Raises:
+        ValueError: the folder does not exist or holds no picture.
+    """
+    files = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"frost_photographs is a folder with at least one .png, .jpg or .jpeg file; found none in '{folder}'. "
+            "Leave it out for the procedural texture."
+        )
+    return tuple(decode_image(read_file(str(file)), mode=ImageReadMode.RGB) for file in files)
+
+
+def _texture(number: int, mean: float, std: float) -> Tensor:
+    seeds = draws.keys(torch.tensor([number]), seed=0, purpose="frost texture")
+    noise = draws.normal(seeds, (2 * _ORIENTATIONS + 3, SIDE, SIDE))[0].double()
+    crystals = noise[:_ORIENTATIONS]
+    angles = torch.arange(_ORIENTATIONS) * torch.pi / _ORIENTATIONS
+    needles = torch.stack([_needles(n, float(a)) for n, a in zip(crystals, angles, strict=True)])
+    # Crystals grow in patches: one orientation prevails in each, chosen by the largest of smooth random fields.
+    patches = torch.stack([_smooth(n, 12.0, 12.0) for n in noise[_ORIENTATIONS : 2 * _ORIENTATIONS]])
+    feathers = (needles * (2.5 * patches).softmax(0)).sum(0)
+    veins = _standard(sum(_ridges(noise[-1], width) / 2**k for k, width in enumerate((10.0, 5.0, 2.5, 1.25))))
+    grains = _smooth(noise[-2], 0.6, 0.6)
+    cover = _smooth(noise[-3], 24.0, 24.0)
+    height = _standard(_standard(feathers) + 0.7 * veins + 0.35 * grains + 0.8 * cover)
+    # Bright crystals over dark ground: the distribution leans to the dark side, with a bright tail.
+    height = _standard(height.mul(0.45).exp())
+    tint = torch.tensor(_TINT, dtype=height.dtype)[:, None, None]
+    return ((mean + std * height) * tint).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _needles(noise: Tensor, angle: float) -> Tensor:
+    """Thin bright needles in one direction, of three sizes."""
+    sizes = ((1.0, 14.0, 2.0), (0.6, 8.0, 1.2), (0.4, 4.0, 0.6))
+    return _standard(
+        torch.stack([weight * _ridged(_smooth(noise, along, across, angle)) for weight, along, across in sizes]).sum(0)
+    )
+
+
+def _ridges(noise: Tensor, width: float) -> Tensor:
+    return _ridged(_smooth(noise, width, width))
+
+
+def _ridged(field: Tensor) -> Tensor:
+    """Bright where the field crosses zero: curves instead of blobs."""
+    return (1 - field.abs()).clamp(min=0).square()
+
+
+def _smooth(noise: Tensor, along: float, across: float, angle: float = 0.0) -> Tensor:
+    """Noise under a Gaussian of these sigmas (pixels), turned by an angle; periodic, mean 0, standard deviation 1."""
+    rows, columns = torch.meshgrid(*[torch.fft.fftfreq(SIDE, dtype=noise.dtype)] * 2, indexing="ij")
+    turn = torch.tensor(angle, dtype=noise.dtype)
+    u = columns * turn.cos() + rows * turn.sin()
+    v = rows * turn.cos() - columns * turn.sin()
+    response = (-2 * torch.pi**2 * ((along * u) ** 2 + (across * v) ** 2)).exp()
+    return _standard(torch.fft.ifft2(torch.fft.fft2(noise) * response).real)
+
+
+def _standard(field: Tensor) -> Tensor:
+    return (field - field.mean()) / field.std()

@@ -1,0 +1,195 @@
+"""Model specs: a name and a checkpoint become a module that takes images in [0, 1] and normalises them inside, once."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+FORMS = ("timm:NAME[.TAG]", "torchvision:NAME[/WEIGHTS]")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+class ImageClassifier(nn.Module):
+    """A network with its input normalisation: images (batch, 3, height, width) in [0, 1] -> logits (batch, classes).
+
+    Args:
+        model: the network on normalised images.
+        mean: per channel, of images in [0, 1].
+        std: per channel.
+        spec: what :func:`load_model` was asked for, for the manifest.
+        input_size: height and width the network was trained on, where known.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], spec: str, input_size: Sequence[int] | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.spec = spec
+        self.preprocessing = {
+            "mean": list(mean),
+            "std": list(std),
+            "input_size": None if input_size is None else list(input_size),
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        same = stride == 1 and channels_in == channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitsCNN(nn.Module):
+    """A residual network with BatchNorm for 32-pixel images, 76 000 parameters."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1, self.layer2, self.layer3 = BasicBlock(16, 16, 1), BasicBlock(16, 32, 2), BasicBlock(32, 64, 2)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def digits_vit(num_classes: int = 10) -> nn.Module:
+    """A timm ViT for 32-pixel images: patch 8, width 64, 4 blocks, 4 heads, 215 000 parameters."""
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=num_classes)
+
+
+EMBEDDED = {"digits-cnn": (DigitsCNN, "digits_cnn.safetensors"), "digits-vit": (digits_vit, "digits_vit.safetensors")}
+
+
+def load_model(
+    spec: str, *, checkpoint: str | Path | None = None, num_classes: int | None = None, pretrained: bool = True
+) -> ImageClassifier:
+    """A source model in ``eval()`` mode that takes images in [0, 1]; mean and std are applied inside, exactly once.
+
+    Args:
+        spec: ``digits-cnn`` or ``digits-vit`` (embedded), ``timm:NAME[.TAG]``, or ``torchvision:NAME[/WEIGHTS]``.
+        checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
+        num_classes: of the classifier, where it differs from the spec's own.
+        pretrained: fetch the spec's own weights (timm, torchvision with ``/WEIGHTS``) when there is no checkpoint.
+
+    Raises:
+        ValueError: an unknown spec (the nearest is offered), or a checkpoint whose names do not fit (they are listed).
+        FileNotFoundError: there is no such checkpoint.
+    """
+    prefix, _, name = spec.partition(":")
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    fetch = pretrained and checkpoint is None
+    if spec in EMBEDDED:
+        make, file = EMBEDDED[spec]
+        model = ImageClassifier(make(**classes), HALF, HALF, spec, (32, 32))
+        if fetch:
+            with resources.as_file(resources.files("tta") / "weights" / file) as path:
+                load_weights(model.model, path)
+    elif prefix == "timm" and name:
+        network = _create_timm(name, fetch, classes)
+        cfg = timm.data.resolve_model_data_config(network)
+        model = ImageClassifier(network, cfg["mean"], cfg["std"], spec, cfg["input_size"][1:])
+    elif prefix == "torchvision" and name:
+        model = _create_torchvision(spec, name, fetch, classes)
+    else:
+        match = difflib.get_close_matches(spec, list(EMBEDDED), n=1)
+        hint = f" Did you mean '{match[0]}'?" if match else ""
+        raise ValueError(f"No model '{spec}'.{hint} There are: {', '.join(list_models())}.")
+    if checkpoint is not None:
+        load_weights(model.model, Path(checkpoint))
+    return model.eval()
+
+
+def list_models() -> list[str]:
+    """The embedded models and the forms of the other specs."""
+    return [*EMBEDDED, *FORMS]
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint; ``state_dict``/``model`` wrappings and a ``module.`` prefix are taken off.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: names are missing or unexpected, or shapes differ; they are listed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at '{path}'.")
+    state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    for wrapping in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapping), Mapping):
+            state = state[wrapping]
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = model.state_dict()
+    wrong = {
+        "missing": sorted(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
+        "unexpected": sorted(key for key in state if key not in own),
+        "of another shape": sorted(
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        ),
+    }
+    if any(wrong.values()):
+        lines = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys]
+        raise ValueError(f"The checkpoint '{path}' does not fit {type(model).__name__}. " + " ".join(lines))
+    model.load_state_dict(state, strict=False)  # num_batches_tracked alone may be absent: nothing reads it in eval()
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:10]) + (f", and {len(keys) - 10} more." if len(keys) > 10 else ".")
+
+
+def _create_timm(name: str, pretrained: bool, classes: Mapping[str, int]) -> nn.Module:
+    if not timm.is_model(name.split(".")[0]):
+        match = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f" Did you mean '{match[0]}'?" if match else ""
+        raise ValueError(f"timm has no model '{name}'.{hint}")
+    return timm.create_model(name, pretrained=pretrained, **classes)
+
+
+def _create_torchvision(spec: str, name: str, pretrained: bool, classes: Mapping[str, int]) -> ImageClassifier:
+    name, _, tag = name.partition("/")
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        match = difflib.get_close_matches(name, torchvision.models.list_models(module=torchvision.models), n=1)
+        hint = f" Did you mean '{match[0]}'?" if match else ""
+        raise ValueError(f"torchvision has no classifier '{name}'.{hint}")
+    mean, std, size = IMAGENET_MEAN, IMAGENET_STD, None
+    weights = None
+    if tag:
+        known = torchvision.models.get_model_weights(name)
+        if tag not in known.__members__:
+            raise ValueError(f"'{name}' has no weights '{tag}'. There are: {', '.join(known.__members__)}.")
+        weights = known[tag]
+        transforms = weights.transforms()
+        mean, std, size = tuple(transforms.mean), tuple(transforms.std), transforms.crop_size * 2
+    network = torchvision.models.get_model(name, weights=weights if pretrained else None, **classes)
+    return ImageClassifier(network, mean, std, spec, size)

@@ -1,0 +1,514 @@
+"""What a run found: errors per domain with the manifest of what would reproduce them, kept on disk and compared."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+SCHEMA = 1
+UNKNOWN = -1  # the label of a class that the source model does not know
+KEYS = ("schema", "method", "stream", "seed", "reset", "rows", "config", "manifest", "seconds", "skipped_updates")
+LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "tta-toolkit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Errors made in one domain. Counts, not rates: counts add up.
+
+    Attributes:
+        domain: its name.
+        samples: how many were scored; those of an unknown class are not.
+        errors: how many of them were wrong.
+    """
+
+    domain: str
+    samples: int
+    errors: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.errors <= self.samples:
+            raise ValueError(f"Domain '{self.domain}': expected 0 <= errors <= samples; got {self.errors} errors and "
+                             f"{self.samples} samples.")
+
+    @property
+    def error(self) -> float:
+        """Online error in percent; NaN where no sample was scored."""
+        return 100.0 * self.errors / self.samples if self.samples else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions:
+    """Every prediction of a run, in stream order. All arrays are int64 of shape (samples,).
+
+    Attributes:
+        domain: position in the result's rows.
+        index: number of the image in its source; the same image has the same number in every domain.
+        label: its class; -1 for an unknown class, which is left out of the errors.
+        prediction: the class predicted.
+    """
+
+    domain: Integers
+    index: Integers
+    label: Integers
+    prediction: Integers
+
+    def __post_init__(self) -> None:
+        for name in ("domain", "index", "label", "prediction"):
+            values = np.asarray(getattr(self, name))
+            if values.ndim != 1 or not (np.issubdtype(values.dtype, np.integer) or values.size == 0):
+                raise ValueError(f"{name}: expected integers of shape (samples,); got {values.dtype} {values.shape}.")
+            object.__setattr__(self, name, values.astype(np.int64))
+        if len({len(self.domain), len(self.index), len(self.label), len(self.prediction)}) > 1:
+            raise ValueError(
+                "Predictions need arrays of one length; got "
+                f"domain {len(self.domain)}, index {len(self.index)}, label {len(self.label)}, "
+                f"prediction {len(self.prediction)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Predictions):
+            return NotImplemented
+        return all(np.array_equal(mine, theirs) for mine, theirs in zip(self._arrays(), other._arrays(), strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each prediction is right, shape (samples,); never so for an unknown class."""
+        return (self.prediction == self.label) & self.known
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Whether each sample has a class that can be scored, shape (samples,)."""
+        return self.label != UNKNOWN
+
+    def select(self, which: NDArray[Any]) -> "Predictions":
+        """The predictions at these positions (a mask or positions)."""
+        domain, index, label, prediction = (values[which] for values in self._arrays())
+        return Predictions(domain=domain, index=index, label=label, prediction=prediction)
+
+    def _arrays(self) -> tuple[Integers, Integers, Integers, Integers]:
+        return self.domain, self.index, self.label, self.prediction
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result:
+    """What one run of a method on a stream found, with what would reproduce it.
+
+    ``config`` and ``manifest`` become plain JSON values: tuples turn into lists, NaN into None, infinities into text
+    (``"inf"``), objects without a JSON form into their ``repr``.
+
+    Attributes:
+        method: name of the method.
+        stream: name of the stream.
+        seed: of the stream's order and draws.
+        reset: ``never``, ``domain``, ``batch`` or ``N batches``.
+        rows: one a domain, in the order of their arrival.
+        config: the method's full configuration.
+        manifest: what would reproduce the run: model, data, order, precision, device, versions.
+        seconds: wall-clock time of the run, reading of images included.
+        skipped_updates: updates left out because a loss or gradient was not finite.
+        predictions: every single prediction; not compared, and saved beside the JSON.
+
+    Raises:
+        ValueError: a repeated domain, seconds that are no time, or predictions that give other counts than the rows.
+    """
+
+    method: str
+    stream: str
+    seed: int
+    reset: str
+    rows: tuple[Row, ...]
+    config: Mapping[str, Any] = field(hash=False)
+    manifest: Mapping[str, Any] = field(hash=False)
+    seconds: float
+    skipped_updates: int = 0
+    predictions: Predictions | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        object.__setattr__(self, "config", _plain(self.config))
+        object.__setattr__(self, "manifest", _plain(self.manifest))
+        names = [row.domain for row in self.rows]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"A result has one row a domain; repeated: {', '.join(repeated)}.")
+        if not (math.isfinite(self.seconds) and self.seconds >= 0):
+            raise ValueError(f"seconds is a finite time, 0 or more; got {self.seconds}.")
+        if self.predictions is not None:
+            self._check(self.predictions)
+
+    def _check(self, predictions: Predictions) -> None:
+        if len(predictions) and not 0 <= predictions.domain.min() <= predictions.domain.max() < len(self.rows):
+            raise ValueError(f"predictions.domain is a position in the {len(self.rows)} rows; got others.")
+        scored = predictions.domain[predictions.known]
+        wrong = predictions.domain[predictions.known & ~predictions.correct]
+        samples, errors = (np.bincount(values, minlength=len(self.rows)) for values in (scored, wrong))
+        for row, n, e in zip(self.rows, samples, errors, strict=True):
+            if (row.samples, row.errors) != (n, e):
+                raise ValueError(
+                    f"Domain '{row.domain}': the row says {row.errors} errors in {row.samples} samples, the predictions "
+                    f"say {e} in {n}. They come from different runs."
+                )
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Online error of each domain in percent, in the order of their arrival."""
+        return {row.domain: row.error for row in self.rows}
+
+    @property
+    def mean_error(self) -> float:
+        """Mean online error in percent: the unweighted mean over domains, as the papers report.
+
+        A domain counts once, however many samples it has; one without scored samples does not count.
+        """
+        errors = [row.error for row in self.rows if row.samples]
+        return math.fsum(errors) / len(errors) if errors else math.nan
+
+    @property
+    def samples(self) -> int:
+        """Samples scored, over all domains."""
+        return sum(row.samples for row in self.rows)
+
+    def to_json(self) -> str:
+        """The result without its predictions as a JSON object; ``null`` stands for an undefined error."""
+        known = {
+            "schema": SCHEMA,
+            "method": self.method,
+            "stream": self.stream,
+            "seed": self.seed,
+            "reset": self.reset,
+            "mean_error": self.mean_error,
+            "errors": self.errors,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "skipped_updates": self.skipped_updates,
+            "rows": [{"domain": row.domain, "samples": row.samples, "errors": row.errors} for row in self.rows],
+            "config": self.config,
+            "manifest": self.manifest,
+        }
+        return json.dumps(_plain(known), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """The result that :meth:`to_json` wrote. Errors and their mean are computed anew from the counts.
+
+        Raises:
+            ValueError: not JSON, a missing key, or a schema that is newer than this version knows.
+        """
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Not a result: invalid JSON ({error}). The file may be cut off; run again.") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"Not a result: expected a JSON object, got {type(found).__name__}.")
+        schema = found.get("schema")
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise ValueError(
+                f"The result has schema {schema}, this version of tta-toolkit reads up to {SCHEMA}: upgrade to read it."
+            )
+        if missing := [key for key in KEYS if key not in found]:
+            raise ValueError(f"Not a result: missing key {', '.join(map(repr, missing))}.")
+        try:
+            rows = tuple(Row(**row) for row in found["rows"])
+        except TypeError as error:
+            raise ValueError(f"Not a result: a row has domain, samples and errors ({error}).") from None
+        return cls(rows=rows, **{key: found[key] for key in KEYS if key not in ("schema", "rows")})
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``result.json``, and ``predictions.npz`` where there are predictions.
+
+        Each file appears whole or not at all, ``result.json`` last.
+
+        Args:
+            folder: made where it does not exist; a result that is there is replaced.
+
+        Returns:
+            The path of ``result.json``.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        arrays, file = self.predictions, target / "predictions.npz"
+        if arrays is None:
+            file.unlink(missing_ok=True)
+        else:
+            columns = {name: getattr(arrays, name) for name in ("domain", "index", "label", "prediction")}
+            _write(file, lambda stream: np.savez_compressed(stream, **columns))
+        text = self.to_json().encode()
+        return _write(target / "result.json", lambda stream: stream.write(text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Result":
+        """The result that :meth:`save` wrote, with its predictions where they lie beside it.
+
+        Args:
+            path: the folder, or the ``result.json`` in it.
+
+        Raises:
+            FileNotFoundError: no result there.
+            ValueError: not a result, see :meth:`from_json`, or predictions that are those of another run.
+        """
+        file = Path(path)
+        file = file / "result.json" if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"No result at {file}. Expected a folder that Result.save wrote, or its result.json.")
+        try:
+            result = cls.from_json(file.read_text(encoding="utf-8"))
+            arrays = file.with_name("predictions.npz")
+            if not arrays.is_file():
+                return result
+            with np.load(arrays, allow_pickle=False) as columns:
+                predictions = Predictions(**{name: columns[name] for name in columns.files})
+            # Through the constructor again, which compares the counts with the rows.
+            return cls(**{**{name: getattr(result, name) for name in cls.__dataclass_fields__}, "predictions": predictions})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.method} on {self.stream}: mean error {self.mean_error:.1f} % over {len(self.rows)} domains"
+
+    def __repr__(self) -> str:
+        return (
+            f"Result(method={self.method!r}, stream={self.stream!r}, seed={self.seed}, reset={self.reset!r}, "
+            f"mean_error={self.mean_error:.2f}, domains={len(self.rows)}, samples={self.samples})"
+        )
+
+
+def find_results(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Result]:
+    """Every result below the folders given, each once, sorted by path within each.
+
+    Args:
+        paths: folders, or ``result.json`` files.
+
+    Raises:
+        FileNotFoundError: a path that does not exist or holds no result.
+        ValueError: a file that is not a result, named.
+    """
+    files: dict[Path, None] = {}
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        root = Path(path)
+        found = sorted(root.rglob("result.json")) if root.is_dir() else [root] if root.is_file() else []
+        if not found:
+            what = "holds no result.json" if root.exists() else "does not exist"
+            raise FileNotFoundError(f"{root} {what}. Expected what `tta run --out DIR` or Result.save wrote.")
+        files.update(dict.fromkeys(file.resolve() for file in found))
+    return [Result.load(file) for file in files]
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the libraries, the platform, and the toolkit's git commit, for a manifest; never raises.
+
+    Returns:
+        ``python``, one key a library (None where not installed), ``platform``, ``commit``: None outside a checkout,
+        with ``-dirty`` behind it where tracked files differ.
+    """
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {**versions, "platform": platform.platform(), "commit": _commit(Path(__file__).resolve().parent.parent)}
+
+
+def _commit(root: Path) -> str | None:
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        # Without optional locks: runs side by side must not fight over the index.
+        quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=quiet, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it, and equal to what reading it back gives."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value) if isinstance(value, PurePath) else repr(value)
+
+
+def _write(file: Path, content: Callable[[BinaryIO], Any]) -> Path:
+    """Write a file so that it is never seen half written, not even after a crash."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as stream:
+            content(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+    return file
+
+
+# ---------------------------------------------------------------------- intervals
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its bootstrap interval, in percent or percentage points."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def error_interval(result: Result, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Bootstrap interval of one result's mean error, in percent (see :func:`paired_bootstrap`).
+
+    Raises:
+        ValueError: a result without predictions, or without scored samples.
+    """
+    own = _predictions(result)
+    own = own.select(own.known)
+    return _bootstrap(own.domain, own.index, ~own.correct, resamples, seed, level)
+
+
+def compare_errors(a: Result, b: Result, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean error of ``b`` minus that of ``a`` in percentage points, over the domains (by name) and images both share.
+
+    Raises:
+        ValueError: a result without predictions, and as :func:`paired_bootstrap`.
+    """
+    first, second = _predictions(a), _predictions(b)
+    position = {row.domain: number for number, row in enumerate(a.rows)}
+    to_a = np.array([position.get(row.domain, -1) for row in b.rows], dtype=np.int64)
+    domain = to_a[second.domain]
+    moved = Predictions(domain=domain, index=second.index, label=second.label, prediction=second.prediction)
+    return paired_bootstrap(first, moved.select(domain >= 0), resamples=resamples, seed=seed, level=level)
+
+
+def paired_bootstrap(
+    a: Predictions, b: Predictions, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean error of ``b`` minus that of ``a`` in percentage points, with a percentile bootstrap interval.
+
+    Over the samples that both predicted, matched by domain and image number (the n-th visit with the n-th where an
+    image comes again). What is resampled is the image: one draw takes it or leaves it in all of its domains at once
+    and for both methods, because its errors there are not independent. The interval speaks of other images drawn from
+    the same source, not of other orders, seeds or source models.
+
+    Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 (data with structure) and 13 (percentiles).
+
+    Args:
+        a: the baseline.
+        b: what is compared with it; a position in ``domain`` means the same domain in both.
+        resamples: how many.
+        seed: of the draws.
+        level: share of the resamples inside the interval.
+
+    Raises:
+        ValueError: no sample in common, or the same image with different labels.
+    """
+    a, b = a.select(a.known), b.select(b.known)
+    in_a, in_b = _matched(a, b)
+    if not len(in_a):
+        raise ValueError("The two results have no image in common: there is nothing to pair.")
+    a, b = a.select(in_a), b.select(in_b)
+    if (a.label != b.label).any():
+        raise ValueError("The same image numbers have different labels in the two results: they are of different data.")
+    return _bootstrap(a.domain, a.index, (~b.correct).astype(int) - ~a.correct, resamples, seed, level)
+
+
+def weighted_mean_error(weights: NDArray[Any], errors: Floats, samples: Floats) -> Floats:
+    """Mean over domains of the error in percent, for several weightings of the images at once.
+
+    Args:
+        weights: (resamples, images), how often each image counts.
+        errors: (domains, images), errors made on an image in a domain (or the difference of two methods').
+        samples: (domains, images), how often an image was scored there.
+
+    Returns:
+        (resamples,); a domain of which a resample holds no sample does not count in it, NaN where it holds none at all.
+    """
+    weights = weights.astype(np.float64)
+    wrong, seen = weights @ errors.T, weights @ samples.T
+    present = seen > 0
+    rates = np.divide(wrong, seen, out=np.zeros_like(wrong), where=present)
+    count = present.sum(1)
+    return np.divide(100.0 * rates.sum(1), count, out=np.full(len(weights), math.nan), where=count > 0)
+
+
+def _predictions(result: Result) -> Predictions:
+    if result.predictions is None:
+        raise ValueError(f"{result!r} has no predictions, and an interval needs them: predictions.npz is missing.")
+    return result.predictions
+
+
+def _matched(a: Predictions, b: Predictions) -> tuple[Integers, Integers]:
+    """Positions in ``a`` and in ``b`` of the samples that are in both."""
+    _, image = np.unique(np.concatenate([a.index, b.index]), return_inverse=True)
+    domain = np.concatenate([a.domain, b.domain])
+    cell = domain * (image.max(initial=0) + 1) + image
+    keys = [_visits(part) * (cell.max(initial=0) + 1) + part for part in (cell[: len(a)], cell[len(a) :])]
+    _, in_a, in_b = np.intersect1d(*keys, assume_unique=True, return_indices=True)
+    return in_a, in_b
+
+
+def _visits(cell: Integers) -> Integers:
+    """How often each value came before, position by position: [7, 8, 7, 7] -> [0, 0, 1, 2]."""
+    order = np.argsort(cell, kind="stable")
+    ranked = cell[order]
+    visits = np.empty_like(cell)
+    visits[order] = np.arange(len(cell)) - np.searchsorted(ranked, ranked, side="left")
+    return visits
+
+
+def _bootstrap(
+    domain: Integers, index: Integers, wrong: NDArray[Any], resamples: int, seed: int, level: float
+) -> Interval:
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"Expected resamples >= 1 and 0 < level < 1; got resamples={resamples}, level={level}.")
+    if not len(domain):
+        raise ValueError("No sample of a known class: there is no error to give an interval for.")
+    domains, row = np.unique(domain, return_inverse=True)
+    images, column = np.unique(index, return_inverse=True)
+    shape = len(domains), len(images)
+    cell = row * len(images) + column
+    errors = np.bincount(cell, weights=wrong, minlength=shape[0] * shape[1]).reshape(shape)
+    samples = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+
+    generator = np.random.default_rng(seed)
+    chunk = max(1, 4_000_000 // len(images))  # draws held at a time: 32 MB
+    means = np.concatenate(
+        [
+            weighted_mean_error(_draw(generator, min(chunk, resamples - done), len(images)), errors, samples)
+            for done in range(0, resamples, chunk)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    estimate = weighted_mean_error(np.ones((1, len(images))), errors, samples)[0]
+    return Interval(float(estimate), float(low), float(high))
+
+
+def _draw(generator: np.random.Generator, resamples: int, images: int) -> Integers:
+    """How often each image is drawn, (resamples, images): as many draws with replacement as there are images."""
+    draws = generator.integers(0, images, size=(resamples, images))
+    draws += np.arange(resamples)[:, None] * images
+    return np.bincount(draws.ravel(), minlength=resamples * images).reshape(resamples, images)
