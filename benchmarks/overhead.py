@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py --pairs 9          # about a minute on 2 cores
 
-The two run in turn and each pair gives a ratio; the median is the number to quote. Expect at least 0.95 for the embedded
-CNN at batch 200.
+The two run in turn and each pair gives a ratio; the median is the number to quote. Expect at least 0.95 for the
+embedded CNN at batch 200.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Train the embedded source models on scikit-learn's digits.
 
-    python benchmarks/train_digits.py                # about 70 s on 2 cores; writes tta/weights/*.safetensors
+    python benchmarks/train_digits.py      # about 90 s on one core; writes tta/weights/*.safetensors
 
-Expect a clean held-out error of about 1 % (CNN) and 3 % (ViT). The same machine gives the same bytes again. The training
-images are shifted, turned and scaled a little, as handwriting is; they see none of the benchmark's corruptions.
+Expect a clean held-out error of about 1 % (CNN) and 3 % (ViT). The same machine gives the same bytes again. The
+training images are shifted, turned and scaled a little, as handwriting is; they see none of the benchmark's corruptions.
 """
 
 import argparse

@@ -49,7 +49,8 @@ Size = tuple[int, int]
 Setting = Any  # one column of a row of the table: a number or a tuple, as the corruption's functions take it
 
 _VALUES_AT_ONCE = 2**21  # larger batches are worked through in parts: intermediate results stay in cache and bounded
-_GUARD = 2.0**-10  # grey levels; far above float32's rounding error, far below what anybody sees
+# in grey levels: above the rounding error of the type, far below what anybody sees
+_GUARD = {torch.float32: 2.0**-10, torch.float64: 2.0**-20}
 
 
 def corrupt(
@@ -92,10 +93,13 @@ def corrupt(
     _check_images(images)
     if index is None:
         index = torch.arange(len(images))
-    elif len(index) != len(images):
-        raise ValueError(f"index has one image number for each of the {len(images)} images; got {len(index)}.")
+    elif index.shape != (len(images),):
+        raise ValueError(
+            f"index has one image number for each of the {len(images)} images, shape ({len(images)},); got shape "
+            f"{tuple(index.shape)}."
+        )
     size = (images.shape[2], images.shape[3])
-    pictures = _frost_pictures(name, recipe, frost_photographs)
+    pictures = _frost_pictures(name, recipe, frost_photographs, size)
     part = max(1, _VALUES_AT_ONCE // max(1, math.prod(images.shape[1:])))
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
     for start in range(0, len(images), part):
@@ -145,7 +149,7 @@ def draw(
         ValueError: unknown name, severity or recipe; an index that is no list of whole numbers.
     """
     setting = _setting(name, severity, recipe)
-    if index.dim() != 1 or index.dtype.is_floating_point or index.dtype in (torch.bool, torch.complex64):
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
             f"index is a tensor (n,) of int64 image numbers; got {index.dtype} of shape {tuple(index.shape)}. "
             "Give torch.arange(n) for images without numbers."
@@ -185,7 +189,8 @@ def apply(
     """
     _setting(name, severity, recipe)
     _check_images(images)
-    return _apply(name, images, draws, severity, recipe, _frost_pictures(name, recipe, frost_photographs))
+    size = (images.shape[2], images.shape[3])
+    return _apply(name, images, draws, severity, recipe, _frost_pictures(name, recipe, frost_photographs, size))
 
 
 def _apply(
@@ -207,11 +212,16 @@ def _setting(name: str, severity: int, recipe: str) -> Setting:
     if recipe not in RECIPES:
         raise ValueError(f"No recipe '{recipe}' for generating corruptions. There are: {', '.join(RECIPES)}.")
     if severity not in range(1, 6):
-        raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
+        raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity!r}.")
     return _TABLE[name].settings[recipe][int(severity) - 1]
 
 
 def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images are a uint8 tensor (n, 3, height, width); got {type(images).__name__}. "
+            "An array (n, height, width, 3) becomes one by torch.from_numpy(images).permute(0, 3, 1, 2)."
+        )
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(
             f"images are uint8 of shape (n, 3, height, width); got {images.dtype} of shape {tuple(images.shape)}. "
@@ -223,9 +233,9 @@ def _check_images(images: Tensor) -> None:
 # --- what several corruptions use ------------------------------------------------------------------------------------
 
 
-def _unit(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return images.float() / 255
+def _unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 -> floating point in [0, 1]."""
+    return images.to(dtype) / 255
 
 
 def _to_uint8(x: Tensor) -> Tensor:
@@ -234,7 +244,7 @@ def _to_uint8(x: Tensor) -> Tensor:
     A value that rounding error has pushed just below a whole grey level counts as that level: without the guard, a
     flat white region comes out of a blur as 254 or 255 by chance of device.
     """
-    return x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255 + _GUARD).to(torch.uint8)
+    return x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255 + _GUARD[x.dtype]).to(torch.uint8)
 
 
 def _nearest(position: Tensor, length: int) -> Tensor:
@@ -403,7 +413,9 @@ def _defocus_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
     kernel = _disk(*setting)
     reach = len(kernel) // 2
     height, width = images.shape[2:]
-    padded = _padded(_padded(_unit(images), 2, reach, _mirror_101), 3, reach, _mirror_101)
+    # float64: the weight beside a narrow kernel's centre is of the order of float32's rounding error, and truncates
+    x = _unit(images, torch.float64)
+    padded = _padded(_padded(x, 2, reach, _mirror_101), 3, reach, _mirror_101)
     out = torch.zeros_like(padded[..., :height, :width])
     for row, column in zip(*np.nonzero(kernel > 1e-9), strict=True):
         out += padded[..., row : row + height, column : column + width] * float(kernel[row, column])
@@ -431,7 +443,7 @@ def _glass_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
     pixel = torch.arange(height * width, device=images.device)
     row, column = pixel // width, pixel % width
     visited = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
-    x = _to_uint8(_gaussian(_unit(images), sigma, _nearest)).flatten(2)
+    x = _to_uint8(_gaussian(_unit(images, torch.float64), sigma, _nearest)).flatten(2)
     for number in range(passes):
         offset = draws["rows"][:, number].long() * width + draws["columns"][:, number].long()
         source = torch.where(visited, pixel + offset.flatten(1), pixel)
@@ -442,7 +454,7 @@ def _glass_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
             link = further
         source = source.gather(1, link)
         x = x.gather(2, source[:, None].expand(-1, 3, -1))
-    return _gaussian(_unit(x.reshape(images.shape)), sigma, _nearest)
+    return _gaussian(_unit(x.reshape(images.shape), torch.float64), sigma, _nearest)
 
 
 def _draw_angle(low: float, high: float) -> Callable[[Keys, Setting, Size], Draws]:
@@ -484,12 +496,13 @@ def _draw_crop(keys: Keys, setting: Setting, size: Size) -> Draws:
     return {what: random.uniform(keys(what), ()).float() for what in ("picture", "top", "left")}
 
 
-def _frost_pictures(name: str, recipe: str, folder: str | Path | None) -> Sequence[Tensor] | None:
+def _frost_pictures(name: str, recipe: str, folder: str | Path | None, size: Size) -> Sequence[Tensor] | None:
     """The pictures of frost at the recipe's scale; None for the other corruptions."""
     if name != "frost":
         return None
     if folder is None:
-        return frost.textures()
+        copies = [math.ceil(side / frost.SIDE) for side in size]  # the texture is seamless
+        return [texture.repeat(1, *copies) for texture in frost.textures()]
     every = _FROST_STRIDE[recipe]
     # OpenCV's linear resize to 20 % puts each output pixel on the middle one of five
     return [photo[:, every // 2 :: every, every // 2 :: every] for photo in frost.photographs(folder)]
@@ -521,7 +534,7 @@ def _draw_plasma(keys: Keys, setting: Setting, size: Size) -> Draws:
 
 
 def _plasma(displacement: Tensor, decay: float) -> Tensor:
-    """Diamond-square fractal on a torus, (n, s, s), scaled to [0, 1]; ``displacement``: one number in [-1, 1) a point."""
+    """Diamond-square fractal on a torus, (n, s, s), scaled to [0, 1]; ``displacement``: a number in [-1, 1) a point."""
     heights = torch.zeros_like(displacement)
     step, wibble = heights.shape[1], 100.0
     while step >= 2:
@@ -561,7 +574,7 @@ def _brightness(images: Tensor, draws: Draws, lift: float) -> Tensor:
 
 def _contrast(images: Tensor, draws: Draws, keep: float) -> Tensor:
     levels = images.sum((2, 3), keepdim=True)  # whole numbers: exact in any order of summation
-    mean = (levels.double() / (255 * images[0, 0].numel())).float()
+    mean = (levels.double() / (255 * images.shape[2] * images.shape[3])).float()
     return (_unit(images) - mean) * keep + mean
 
 
@@ -599,7 +612,7 @@ def _affine_back(points: Tensor, moved: Tensor, x: Tensor, y: Tensor) -> tuple[T
 
 def _pixelate(images: Tensor, draws: Draws, share: float) -> Tensor:
     height, width = images.shape[2:]
-    small = _box_resize(_box_resize(images, 3, int(width * share)), 2, int(height * share))
+    small = _box_resize(_box_resize(images, 3, max(1, int(width * share))), 2, max(1, int(height * share)))
     return _box_resize(_box_resize(small, 3, width), 2, height)
 
 
@@ -628,8 +641,10 @@ def _box_resize(images: Tensor, dim: int, length: int) -> Tensor:
 
 
 def _jpeg_compression(images: Tensor, draws: Draws, quality: int) -> Tensor:
-    files = [encode_jpeg(image, quality=quality) for image in images.cpu()]
-    return torch.stack([decode_jpeg(file) for file in files]).to(images.device)
+    out = torch.empty_like(images, device="cpu")
+    for number, image in enumerate(images.cpu()):
+        out[number] = decode_jpeg(encode_jpeg(image, quality=quality))
+    return out.to(images.device)
 
 
 @dataclass(frozen=True)

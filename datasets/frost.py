@@ -15,7 +15,7 @@ from tta.datasets import draws
 
 SIDE = 256  # of a texture, in pixels; it repeats seamlessly
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
-# Mean, standard deviation of the five textures: window frost between thin and dense, .45 and .2 on average.
+# Mean, standard deviation of the five textures before clipping: between thin and dense, .45 and .2 on average.
 _LOOKS = ((0.45, 0.20), (0.38, 0.21), (0.52, 0.19), (0.41, 0.22), (0.49, 0.18))
 _TINT = (0.93, 1.0, 1.07)  # ice is slightly blue
 _ORIENTATIONS = 7

@@ -274,8 +274,8 @@ class Adapter(nn.Module):
         for key in [key for key in state_dict if key.startswith(prefix + "optimizer.")]:
             _, number, name = key.removeprefix(prefix).split(".", 2)
             moments.setdefault(int(number), {})[name] = state_dict.pop(key)
-        for number, (parameter, plain) in enumerate(zip(self._optimized(), extra["optimizer"], strict=True)):
-            saved = {**plain, **moments.get(number, {})}
+        for slot, (parameter, plain) in enumerate(zip(self._optimized(), extra["optimizer"], strict=True)):
+            saved = {**plain, **moments.get(slot, {})}
             if saved and self.optimizer:
                 # the step counter lives where the optimizer made it: on the CPU unless the kernel is fused
                 self.optimizer.state[parameter] = {

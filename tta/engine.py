@@ -84,9 +84,10 @@ def evaluate(
         trainer.test(module, stream.loader(num_workers), verbose=False)
     adapter.to(device)
     predictions = module.predictions()
+    method, config = methods.name_of(type(adapter)), as_dict(adapter.config)
     manifest = {
-        "method": methods.name_of(type(adapter)),
-        "config": as_dict(adapter.config),
+        "method": method,
+        "config": config,
         "model": {
             "spec": getattr(adapter.model, "spec", type(adapter.model).__name__),
             "weights": adapter.source_fingerprint,
@@ -100,12 +101,12 @@ def evaluate(
         "environment": environment(),
     }
     return Result(
-        method=manifest["method"],
+        method=method,
         stream=stream.name,
         seed=stream.seed,
         reset=module.reset,
         rows=tuple(_rows(stream, predictions)),
-        config=manifest["config"],
+        config=config,
         manifest=manifest,
         seconds=module.seconds,
         skipped_updates=module.skipped_updates,
@@ -166,11 +167,11 @@ class OnlineModule(pl.LightningModule):
         if isinstance(batch, Batch):
             images, labels, domain, index = batch
         else:
-            images, labels = (batch, None) if isinstance(batch, Tensor) else batch[:2]
+            images = batch if isinstance(batch, Tensor) else batch[0]
+            labels = torch.full((len(images),), UNKNOWN) if isinstance(batch, Tensor) else batch[1]
             first = sum(len(prediction) for *_, prediction in self._seen)
             domain = torch.full((len(images),), dataloader_idx)
             index = torch.arange(first, first + len(images))
-            labels = torch.full((len(images),), UNKNOWN) if labels is None else labels
         return Batch(to_float(images.to(device, non_blocking=True)), labels, domain, index)
 
     def on_test_start(self) -> None:

@@ -168,7 +168,7 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:10]) + (f", and {len(keys) - 10} more." if len(keys) > 10 else ".")
 
 
-def _create_timm(name: str, pretrained: bool, classes: Mapping[str, int]) -> nn.Module:
+def _create_timm(name: str, pretrained: bool, classes: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(name.split(".")[0]):
         match = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f" Did you mean '{match[0]}'?" if match else ""

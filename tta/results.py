@@ -39,8 +39,10 @@ class Row:
 
     def __post_init__(self) -> None:
         if not 0 <= self.errors <= self.samples:
-            raise ValueError(f"Domain '{self.domain}': expected 0 <= errors <= samples; got {self.errors} errors and "
-                             f"{self.samples} samples.")
+            raise ValueError(
+                f"Domain '{self.domain}': expected 0 <= errors <= samples; got {self.errors} errors and "
+                f"{self.samples} samples."
+            )
 
     @property
     def error(self) -> float:
@@ -265,7 +267,9 @@ class Result:
         file = Path(path)
         file = file / "result.json" if file.is_dir() else file
         if not file.is_file():
-            raise FileNotFoundError(f"No result at {file}. Expected a folder that Result.save wrote, or its result.json.")
+            raise FileNotFoundError(
+                f"No result at {file}. Expected a folder that Result.save wrote, or its result.json."
+            )
         try:
             result = cls.from_json(file.read_text(encoding="utf-8"))
             arrays = file.with_name("predictions.npz")
@@ -274,7 +278,9 @@ class Result:
             with np.load(arrays, allow_pickle=False) as columns:
                 predictions = Predictions(**{name: columns[name] for name in columns.files})
             # Through the constructor again, which compares the counts with the rows.
-            return cls(**{**{name: getattr(result, name) for name in cls.__dataclass_fields__}, "predictions": predictions})
+            return cls(
+                **{**{name: getattr(result, name) for name in cls.__dataclass_fields__}, "predictions": predictions}
+            )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from error
 
@@ -467,7 +473,7 @@ def _matched(a: Predictions, b: Predictions) -> tuple[Integers, Integers]:
     domain = np.concatenate([a.domain, b.domain])
     cell = domain * (image.max(initial=0) + 1) + image
     keys = [_visits(part) * (cell.max(initial=0) + 1) + part for part in (cell[: len(a)], cell[len(a) :])]
-    _, in_a, in_b = np.intersect1d(*keys, assume_unique=True, return_indices=True)
+    _, in_a, in_b = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
     return in_a, in_b
 
 
@@ -491,8 +497,8 @@ def _bootstrap(
     images, column = np.unique(index, return_inverse=True)
     shape = len(domains), len(images)
     cell = row * len(images) + column
-    errors = np.bincount(cell, weights=wrong, minlength=shape[0] * shape[1]).reshape(shape)
-    samples = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+    errors: Floats = np.bincount(cell, weights=wrong, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+    samples: Floats = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
 
     generator = np.random.default_rng(seed)
     chunk = max(1, 4_000_000 // len(images))  # draws held at a time: 32 MB
