@@ -149,7 +149,7 @@ class Comparison:
         )
         rows = [row for group in self.groups for row in self._rows(group, "**{}**".format)]
         lines = [_markdown_row(row) for row in [header, align, *rows]]
-        return "\n".join(lines + ["", *self.notes]).strip() + "\n"
+        return "\n".join([*lines, "", *self.notes]).strip() + "\n"
 
     def to_latex(self) -> str:
         """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""
