@@ -363,7 +363,8 @@ def _labels(results: Sequence[Result], places: Sequence[tuple[str, ...]]) -> lis
         keys = dict.fromkeys(key for config in configs for key in config)
         differing = [k for k in keys if len({json.dumps(c.get(k), sort_keys=True) for c in configs}) > 1]
         words = [result.method, *(f"{key}={result.config[key]}" for key in differing if key in result.config)]
-        number = seen[(place, *words)] = seen.get((place, *words), 0) + 1
+        key = (place, *words)
+        number = seen[key] = seen.get(key, 0) + 1
         labels.append(" ".join(words + [f"({number})"] * (number > 1)))
     return labels
 
