@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tta import config
 
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv")
+    table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv, html")
     table.set_defaults(action=_table)
 
     listing = commands.add_parser("list", parents=[common], help="what there is")
@@ -293,9 +294,9 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, line in LISTINGS[arguments.what]():
-        table.add_row(name, line)
+        table.add_row(Text(name), Text(line))
     Console().print(table)
     return 0
 
@@ -315,7 +316,7 @@ def _streams() -> list[tuple[str, str]]:
 def _models() -> list[tuple[str, str]]:
     from tta import models
 
-    return [(name, "") for name in models.list_models()]
+    return list(models.list_models().items())
 
 
 def _corruptions() -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 C = TypeVar("C")
 PLAIN = (bool, int, float, str, bytes, list, tuple, dict, type(None))
@@ -46,16 +46,24 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
     plain = {key: value for key, value in given.items() if isinstance(value, PLAIN)}
     objects = {key: value for key, value in given.items() if key not in plain}
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
-        return dataclasses.replace(config, **objects) if objects else config  # type: ignore[arg-type, type-var, return-value]
-    except (ValidationError, ConfigKeyError) as error:
-        raise ConfigError(f"{kind.__name__}: {str(error).splitlines()[0]} ({_culprit(error)})") from None
+        config = _merge(kind, plain)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{kind.__name__}: {str(error).splitlines()[0]}") from None
+        culprit = next((key for key, value in plain.items() if not _fits(kind, key, value)), None)
+        where = f" (key '{culprit}')" if culprit else ""
+        raise ConfigError(f"{kind.__name__}: {str(error).splitlines()[0]}{where}") from None
+    return dataclasses.replace(config, **objects) if objects else config  # type: ignore[type-var]
 
 
-def _culprit(error: OmegaConfBaseException) -> str:
-    return f"key '{error.full_key}'" if getattr(error, "full_key", None) else "check the value"
+def _merge(kind: type[C], values: Mapping[str, Any]) -> C:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))  # type: ignore[return-value]
+
+
+def _fits(kind: type[Any], key: str, value: Any) -> bool:
+    try:
+        _merge(kind, {key: value})
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def as_dict(config: Any) -> dict[str, Any]:

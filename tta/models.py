@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-FORMS = ("timm:NAME[.TAG]", "torchvision:NAME[/WEIGHTS]")
+FORMS = {
+    "timm:NAME[.TAG]": "any classifier of timm, with the weights of that tag",
+    "torchvision:NAME[/WEIGHTS]": "any classifier of torchvision; without WEIGHTS it is untrained",
+}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
@@ -129,9 +132,9 @@ def load_model(
     return model.eval()
 
 
-def list_models() -> list[str]:
-    """The embedded models and the forms of the other specs."""
-    return [*EMBEDDED, *FORMS]
+def list_models() -> dict[str, str]:
+    """The embedded models and the forms of the other specs, each with what it is in a line."""
+    return {**{name: (make.__doc__ or "").splitlines()[0] for name, (make, _) in EMBEDDED.items()}, **FORMS}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

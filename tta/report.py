@@ -1,6 +1,6 @@
 """Tables of results: domains and their mean, the difference to a baseline with its interval; terminal, papers, files."""
 
-import csv
+import html
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,43 +120,40 @@ class Comparison:
         return tuple(dict.fromkeys(domain for group in self.groups for domain in group.domains))
 
     def to_frame(self) -> "pandas.DataFrame":
-        """A pandas table with unrounded numbers: a row a run; method, settings, domains, mean, difference, seconds.
+        """A pandas table with unrounded numbers: a row a run; method, settings, domains, mean, difference, seconds."""
+        import pandas  # half a second, which a terminal table need not wait for
 
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_frame needs pandas: pip install pandas. to_csv works without.") from error
         return pandas.DataFrame(self._records(), columns=self._header())
 
     def to_csv(self) -> str:
         """The table of :meth:`to_frame` as CSV, for other programs: unrounded, an empty cell where there is no value."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self._header())
-        writer.writerows(self._records())
-        return text.getvalue()
+        return self.to_frame().to_csv(index=False, lineterminator="\n")
 
     def to_markdown(self) -> str:
         """A Markdown table, rows are methods; the lowest error of a column is bold."""
-        header = [*self.varying, "method", *_shortened(self.domains), MEAN, *self._versus_name()]
         align = (
             [":--"] * (len(self.varying) + 1)
             + ["--:"] * (len(self.domains) + 1)
             + [":--"] * (self.baseline is not None)
         )
         rows = [row for group in self.groups for row in self._rows(group, "**{}**".format)]
-        lines = [_markdown_row(row) for row in [header, align, *rows]]
+        lines = [_markdown_row(row) for row in [self._short_header(), align, *rows]]
         return "\n".join([*lines, "", *self.notes]).strip() + "\n"
+
+    def to_html(self) -> str:
+        """An HTML table, rows are methods; the lowest error of a column is bold."""
+        import pandas
+
+        rows = [row for group in self.groups for row in self._rows(group, "<b>{}</b>".format, html.escape)]
+        table = pandas.DataFrame(rows, columns=[html.escape(name) for name in self._short_header()])
+        notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
+        return table.to_html(index=False, escape=False, border=0, classes="tta") + "\n" + notes
 
     def to_latex(self) -> str:
         """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""
-        header = [*self.varying, "method", *_shortened(self.domains), MEAN, *self._versus_name()]
         columns = "l" * (len(self.varying) + 1) + "r" * (len(self.domains) + 1) + "l" * (self.baseline is not None)
         blocks = [
-            "\n".join(_latex_row(row) for row in self._rows(group, lambda text: f"\\textbf{{{text}}}"))
+            "\n".join(_latex_row(row) for row in self._rows(group, "\\textbf{{{}}}".format, _latex))
             for group in self.groups
         ]
         return "\n".join(
@@ -164,7 +161,7 @@ class Comparison:
                 *(f"% {note}" for note in self.notes),
                 f"\\begin{{tabular}}{{{columns}}}",
                 "\\toprule",
-                _latex_row(header),
+                _latex_row([_latex(name) for name in self._short_header()]),
                 "\\midrule",
                 "\n\\midrule\n".join(blocks),
                 "\\bottomrule",
@@ -184,7 +181,7 @@ class Comparison:
         """The table as text.
 
         Args:
-            kind: ``terminal``, ``markdown``, ``csv`` or ``latex``.
+            kind: ``terminal``, ``markdown``, ``latex``, ``csv`` or ``html``.
 
         Raises:
             ValueError: another kind.
@@ -236,10 +233,14 @@ class Comparison:
     def _versus_name(self) -> list[str]:
         return [f"vs {self.baseline}"] if self.baseline else []
 
-    def _rows(self, group: Group, bold: Callable[[str], str]) -> Iterator[list[str]]:
+    def _rows(self, group: Group, bold: Callable[[str], str], quote: Callable[[str], str] = str) -> Iterator[list[str]]:
         for run in group.runs:
-            cells = [_shown(run, column, group, bold) for column in (*self.domains, MEAN)]
-            yield [*run.settings.values(), run.label, *cells, *([run.versus()] if self.baseline else [])]
+            errors = [_shown(run, column, group, bold) for column in (*self.domains, MEAN)]
+            names = map(quote, [*run.settings.values(), run.label])
+            yield [*names, *errors, *([run.versus()] if self.baseline else [])]
+
+    def _short_header(self) -> list[str]:
+        return [*self.varying, "method", *_shortened(self.domains), MEAN, *self._versus_name()]
 
     def _header(self) -> list[str]:
         interval = ["difference", "low", "high"] if self.baseline else []
@@ -258,8 +259,9 @@ class Comparison:
 FORMATS: dict[str, Callable[[Comparison], str]] = {
     "terminal": Comparison.to_text,
     "markdown": Comparison.to_markdown,
-    "csv": Comparison.to_csv,
     "latex": Comparison.to_latex,
+    "csv": Comparison.to_csv,
+    "html": Comparison.to_html,
 }
 
 
@@ -456,5 +458,9 @@ LATEX = {
 }
 
 
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in text)
+
+
 def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells) + " \\\\"
+    return " & ".join(cells) + " \\\\"

@@ -1,0 +1,129 @@
+"""The command line, as a user types it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tta.cli import main, parse_request
+
+QUICK = ["samples=20", "batch_size=10", "corruptions=[fog,contrast]"]
+
+
+def run(*words):
+    return main(["run", *QUICK, *words])
+
+
+def test_run_prints_the_table_and_writes_the_results(tmp_path, capsys):
+    assert run("digits-c", "source", "tent", "tent.lr=0.01", "seed=3", "--out", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "contrast" in out
+    assert "vs source" in out
+    (file,) = tmp_path.rglob("tent/result.json")
+    found = json.loads(file.read_text())
+    assert found["config"]["lr"] == 0.01
+    assert found["seed"] == 3
+    assert found["stream"] == "digits-c"
+    assert found["samples"] == 40
+    assert list(found["errors"]) == ["fog", "contrast"]
+
+
+def test_a_second_run_overwrites_nothing(tmp_path):
+    assert run("source", "--out", str(tmp_path)) == 0
+    assert run("source", "--out", str(tmp_path)) == 0
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
+def test_table_reads_what_run_wrote(tmp_path, capsys):
+    run("source", "norm", "--out", str(tmp_path))
+    capsys.readouterr()
+    for name, sign in {"terminal": "─", "markdown": "| method |", "csv": "method,", "html": "<table"}.items():
+        assert main(["table", str(tmp_path), "--format", name]) == 0
+        assert sign in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["methods", "streams", "models", "corruptions", "protocols"])
+def test_list_has_a_line_for_each(what, capsys):
+    assert main(["list", what]) == 0
+    expected = {
+        "methods": "tent",
+        "streams": "digits-c",
+        "models": "torchvision:NAME[/WEIGHTS]",
+        "corruptions": "fog",
+        "protocols": "continual",
+    }
+    assert expected[what] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tnet"], "'tnet' is neither a stream nor a method. Did you mean 'tent'"),
+        (["digits"], "Did you mean 'digits-c'"),
+        (["tent", "tent"], "Method named twice: tent"),
+        (["digits-c", "digits-c"], "One run is on one stream"),
+        (["tent", "lrr=1"], "has a key 'lrr'.*Did you mean 'lr'"),
+        (["source", "lr=1"], "No method of this run .source. has a key 'lr'"),
+        (["tent", "tent.lrr=1"], "Key 'lrr' not in 'TentConfig'. Did you mean 'lr'"),
+        (["tent", "norm.alpha=1"], "'norm' is not in this run"),
+        (["tent", "lr=fast"], "'fast' of type 'str' could not be converted to Float"),
+        (["tent", "lr=-1"], "lr=-1.0; expected a learning rate above 0"),
+        (["severity=9"], "severity is 1, 2, 3, 4 or 5; got 9"),
+        (["stream.sevrity=3"], "Did you mean 'severity'"),
+        (["reset=sometimes"], "reset is 'never', 'domain', 'batch'"),
+        (["protocol=often"], "No protocol 'often'"),
+        (["model=digits-cnm"], "No model 'digits-cnm'. Did you mean 'digits-cnn'"),
+        (["checkpoint=/no/such/file"], "No checkpoint at '/no/such/file'"),
+        (["preset=cifar", "tent"], "no preset 'cifar'"),
+        (["seed=x"], "seed"),
+    ],
+)
+def test_a_users_mistake_is_a_sentence_and_exit_code_2(words, message, tmp_path, capsys):
+    assert main(["run", *words, "--out", str(tmp_path)]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert "Traceback" not in found.err
+    assert list(tmp_path.iterdir()) == []
+    assert re.search(message, found.err)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="severity is 1"):
+        run("severity=9", "--debug", "--out", str(tmp_path))
+
+
+def test_a_failed_run_exits_with_1(tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert run("source", "--out", str(blocked)) == 1
+    assert "--debug shows where" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["frobnicate"], ["list", "nothing"], ["table"]])
+def test_a_wrong_command_exits_with_2(words, capsys):
+    assert main(words) == 2
+    assert "usage" in "".join(capsys.readouterr())
+
+
+def test_bare_keys_reach_every_method_that_has_them():
+    request = parse_request(["source", "tent", "norm", "lr=0.5", "norm.alpha=0.1", "severity=2"])
+    assert request.hparams == {"source": {}, "tent": {"lr": 0.5}, "norm": {"alpha": 0.1}}
+    assert request.stream_settings == {"severity": 2}
+
+
+def test_run_alone_is_the_demo():
+    request = parse_request([])
+    assert (request.stream, request.methods) == ("digits-c", ["source", "norm", "tent"])
+
+
+def test_help_and_usage_errors_do_not_load_torch():
+    code = "import sys, tta.cli; tta.cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_package_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "tta", "list", "methods"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "tent" in done.stdout

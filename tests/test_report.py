@@ -1,0 +1,125 @@
+"""Comparison tables: what stands in them, in every format."""
+
+import csv
+import io
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import tta
+from tta.results import Predictions, Result, Row
+
+
+def make(method, wrong, *, seed=0, **changes):
+    wrong = np.asarray(wrong)
+    domain, index = np.indices(wrong.shape)
+    found = Predictions(
+        domain=domain.ravel(), index=index.ravel(), label=np.zeros(wrong.size, int), prediction=wrong.ravel()
+    )
+    names = ("gaussian_noise", "fog")
+    rows = (Row(domain=n, samples=len(w), errors=int(w.sum())) for n, w in zip(names, wrong, strict=True))
+    fields = {
+        "method": method,
+        "stream": "toy-c",
+        "seed": seed,
+        "reset": "never",
+        "rows": tuple(rows),
+        "config": {},
+        "manifest": {"model": {"spec": "toy", "weights": "0123456789abcdef"}, "data": {"batch_size": 4}},
+        "seconds": 2.0,
+        "predictions": found,
+    }
+    return Result(**{**fields, **changes})
+
+
+SOURCE = make("source", [[1, 1, 1, 0], [1, 0, 0, 0]])
+BETTER = make("tent", [[1, 0, 0, 0], [1, 0, 0, 0]], config={"lr": 0.1})
+
+
+def test_terminal_table_shows_errors_mean_and_difference():
+    text = tta.compare([BETTER, SOURCE]).to_text(width=100)
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert lines["domain"] == ["domain", "source", "tent"]  # the baseline comes first
+    assert lines["gaussian_noise"][1:] == ["75.0", "25.0"]
+    assert lines["mean"][1:] == ["50.0", "25.0"]
+    assert "-25.0 [" in text
+    assert "toy-c · seed 0 · reset never" in text
+    assert "weights 01234567" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_terminal_table_fits_its_width(width):
+    results = [SOURCE, *(make(f"method{n}", [[0, 0, 0, 1], [0, 0, 0, 0]]) for n in range(9))]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(tta.compare(results))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(any(f"method{n}" in line for line in lines) for n in range(9))
+
+
+def test_csv_is_unrounded_and_reads_back():
+    rows = list(csv.DictReader(io.StringIO(tta.compare([SOURCE, BETTER]).to_csv())))
+    assert [row["method"] for row in rows] == ["source", "tent"]
+    assert float(rows[1]["mean"]) == 25.0
+    assert float(rows[1]["difference"]) == -25.0
+    assert rows[0]["difference"] == ""
+
+
+def test_markdown_marks_the_lowest_error_of_a_column():
+    lines = tta.compare([SOURCE, BETTER]).to_markdown().splitlines()
+    assert lines[0] == "| method | gauss | fog | mean | vs source |"
+    assert lines[2].startswith("| source | 75.0 | **25.0** | 50.0 | - |")
+    assert lines[3].startswith("| tent | **25.0** | **25.0** | **25.0** | -25.0 [")
+
+
+def test_latex_escapes_what_latex_reads():
+    text = tta.compare([SOURCE, make("my_method", [[0, 0, 0, 0], [0, 0, 0, 0]])]).to_latex()
+    assert "my\\_method & \\textbf{0.0} & \\textbf{0.0}" in text
+    assert text.count("\\\\") == 3
+
+
+def test_html_escapes_names_and_keeps_bold():
+    text = tta.compare([SOURCE, make("<i>", [[0, 0, 0, 0], [0, 0, 0, 0]])]).to_html()
+    assert "<td>&lt;i&gt;</td>" in text
+    assert "<td><b>0.0</b></td>" in text
+    assert "<i>" not in text
+
+
+def test_runs_that_may_not_be_compared_are_kept_apart():
+    comparison = tta.compare([SOURCE, BETTER, make("source", [[1, 1, 1, 1], [1, 1, 1, 1]], seed=1)])
+    assert [len(group.runs) for group in comparison.groups] == [2, 1]
+    assert comparison.varying == ("seed",)
+    assert "No number is an average over runs" in comparison.to_text()
+
+
+def test_labels_tell_runs_of_one_method_apart():
+    other = make("tent", [[0, 0, 0, 0], [0, 0, 0, 0]], config={"lr": 0.2})
+    labels = [run.label for run in tta.compare([SOURCE, BETTER, other, BETTER]).runs]
+    assert labels == ["source", "tent lr=0.1", "tent lr=0.2", "tent lr=0.1 (2)"]
+
+
+def test_another_baseline_can_be_named():
+    comparison = tta.compare([SOURCE, BETTER], baseline="tent")
+    assert [(run.label, run.difference) for run in comparison.runs] == [("tent", None), ("source", 25.0)]
+    with pytest.raises(ValueError, match=r"No result of the baseline 'norm'. There are: source, tent"):
+        tta.compare([SOURCE, BETTER], baseline="norm")
+
+
+def test_without_predictions_there_is_a_difference_and_no_interval():
+    bare = make("tent", [[1, 0, 0, 0], [1, 0, 0, 0]], predictions=None)
+    text = tta.compare([SOURCE, bare]).to_text()
+    assert re.search(r"vs source +- +-25\.0\n", text)
+    assert "No interval where predictions are not at hand." in text
+
+
+def test_skipped_updates_are_said():
+    assert "tent: 3 updates skipped" in tta.compare([make("tent", [[0], [0]], skipped_updates=3)]).to_text()
+
+
+def test_nothing_to_compare_and_unknown_formats_are_refused():
+    with pytest.raises(ValueError, match="got no results"):
+        tta.compare([])
+    with pytest.raises(ValueError, match=r"No table format 'pdf'. There are: terminal, markdown, latex, csv, html"):
+        tta.compare([SOURCE]).format("pdf")

@@ -1,0 +1,174 @@
+"""Results: counts and their means, JSON both ways, and the paired bootstrap."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tta.results import Predictions, Result, Row, compare_errors, environment, error_interval, find_results
+
+
+def predictions(domain, index, label, prediction):
+    arrays = {"domain": domain, "index": index, "label": label, "prediction": prediction}
+    return Predictions(**{name: np.asarray(values) for name, values in arrays.items()})
+
+
+def make(rows=(("fog", 4, 1), ("snow", 2, 1)), **changes):
+    fields = {
+        "method": "tent",
+        "stream": "toy",
+        "seed": 0,
+        "reset": "never",
+        "rows": tuple(Row(domain=name, samples=n, errors=e) for name, n, e in rows),
+        "config": {"lr": 1e-3, "betas": (0.9, 0.999)},
+        "manifest": {"model": {"spec": "toy"}, "odd": float("nan")},
+        "seconds": 1.5,
+    }
+    return Result(**{**fields, **changes})
+
+
+def run_of(wrong, **changes):
+    """A result of one method on images 0 .. n-1 in two domains; ``wrong`` (2, n): whether each was misclassified."""
+    wrong = np.asarray(wrong, dtype=int)
+    domain, index = np.indices(wrong.shape)
+    found = predictions(domain.ravel(), index.ravel(), np.zeros(wrong.size, int), wrong.ravel())
+    rows = [(name, wrong.shape[1], int(part.sum())) for name, part in zip(("fog", "snow"), wrong, strict=True)]
+    return make(rows, predictions=found, **changes)
+
+
+def test_mean_error_is_the_mean_over_domains_not_over_samples():
+    result = make()
+    assert result.errors == {"fog": 25.0, "snow": 50.0}
+    assert result.mean_error == 37.5  # 2 errors in 6 samples would be 33.3
+    assert result.samples == 6
+
+
+def test_a_domain_without_scored_samples_does_not_count():
+    result = make([("fog", 4, 1), ("odd", 0, 0)])
+    assert result.mean_error == 25.0
+    assert math.isnan(result.errors["odd"])
+    assert json.loads(result.to_json())["errors"] == {"fog": 25.0, "odd": None}
+
+
+@pytest.mark.parametrize("with_predictions", [False, True])
+def test_saving_and_loading_give_the_same_result(tmp_path, with_predictions):
+    result = run_of([[0, 1, 0], [1, 1, 0]]) if with_predictions else make()
+    assert result.save(tmp_path / "a") == tmp_path / "a" / "result.json"
+    loaded = Result.load(tmp_path / "a")
+    assert loaded == result
+    assert loaded.predictions == result.predictions
+    assert {file.name for file in (tmp_path / "a").iterdir()} <= {"result.json", "predictions.npz"}
+
+
+def test_json_holds_the_keys_that_other_programs_read():
+    found = json.loads(make().to_json())
+    names = "method stream seed reset errors mean_error config manifest samples seconds"
+    assert set(names.split()) <= found.keys()
+    assert found["config"] == {"lr": 1e-3, "betas": [0.9, 0.999]}
+    assert found["manifest"]["odd"] is None
+
+
+def test_find_results_goes_through_folders(tmp_path):
+    make().save(tmp_path / "b" / "x")
+    make(seed=1).save(tmp_path / "a")
+    assert [result.seed for result in find_results(tmp_path)] == [1, 0]
+    assert len(find_results([tmp_path, tmp_path / "a"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "invalid JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"schema": 99}', "schema 99, this version of tta-toolkit reads up to 1"),
+        ('{"schema": 1, "method": "x"}', "missing key 'stream'"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        find_results(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_an_absent_result_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no result\.json"):
+        find_results(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        find_results(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": (("a", 2, 3),)}, "expected 0 <= errors <= samples"),
+        ({"rows": (("a", 2, 1), ("a", 2, 1))}, "repeated: a"),
+        ({"seconds": float("nan")}, "seconds is a finite time"),
+    ],
+)
+def test_impossible_results_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**change)
+
+
+def test_predictions_of_another_run_are_refused():
+    with pytest.raises(ValueError, match="They come from different runs"):
+        make([("fog", 1, 1)], predictions=predictions([0], [0], [3], [3]))
+
+
+def test_interval_of_equal_methods_is_zero_and_of_a_constant_gap_has_no_width():
+    wrong = np.random.default_rng(0).integers(0, 2, (2, 50))
+    same = compare_errors(run_of(wrong), run_of(wrong))
+    assert (same.estimate, same.low, same.high) == (0, 0, 0)
+    gap = compare_errors(run_of(np.zeros((2, 50))), run_of(np.ones((2, 50))))
+    assert (gap.estimate, gap.low, gap.high) == (100, 100, 100)
+
+
+def test_bootstrap_agrees_with_a_plain_loop_over_resampled_images():
+    random = np.random.default_rng(1)
+    first, second = random.integers(0, 2, (2, 2, 40))
+    interval = compare_errors(run_of(first), run_of(second), resamples=2000)
+    difference = (second - first).mean(0)  # both domains of an image move together
+    means = [100 * random.choice(difference, 40).mean() for _ in range(4000)]
+    assert interval.estimate == pytest.approx(100 * difference.mean())
+    assert interval.low == pytest.approx(np.quantile(means, 0.025), abs=2.0)
+    assert interval.high == pytest.approx(np.quantile(means, 0.975), abs=2.0)
+
+
+def test_pairs_are_matched_by_domain_name_and_image_in_any_order():
+    first = run_of([[0, 1, 0, 1], [1, 1, 0, 0]])
+    order = np.random.default_rng(0).permutation(8)
+    shuffled = make(
+        [(row.domain, row.samples, row.errors) for row in first.rows], predictions=first.predictions.select(order)
+    )
+    interval = compare_errors(first, shuffled)
+    assert (interval.estimate, interval.low, interval.high) == (0, 0, 0)
+
+
+def test_comparing_different_data_is_refused():
+    first = run_of([[0, 1], [1, 0]])
+    other = make([("fog", 2, 0)], predictions=predictions([0, 0], [0, 1], [5, 5], [5, 5]))
+    with pytest.raises(ValueError, match="of different data"):
+        compare_errors(first, other)
+    with pytest.raises(ValueError, match="no image in common"):
+        compare_errors(first, make([("fog", 1, 0)], predictions=predictions([0], [77], [0], [0])))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 99), n=st.integers(2, 30))
+def test_interval_holds_the_estimate(seed, n):
+    result = run_of(np.random.default_rng(seed).integers(0, 2, (2, n)))
+    interval = error_interval(result, resamples=200)
+    assert interval.estimate == pytest.approx(result.mean_error)
+    assert 0 <= interval.low <= interval.estimate + 1e-9
+    assert interval.estimate <= interval.high + 1e-9 <= 100 + 1e-6
+
+
+def test_environment_names_versions():
+    found = environment()
+    assert found["torch"]
+    assert found["tta-toolkit"]
+    assert "platform" in found
