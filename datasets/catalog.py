@@ -11,7 +11,10 @@ from torch.utils.data import Dataset
 from tta.datasets.stream import DatasetImages, Domain, Stream
 
 # name -> the module of this folder whose `domains(...)` makes the stream's domains, and what it is in a line
-STREAMS = {"digits-c": ("digits_c", "scikit-learn's digits, 800 held-out images, corrupted as they are needed")}
+STREAMS = {
+    "cifar10-c": ("cifar_c", "CIFAR-10-C as published, or generated from clean CIFAR-10"),
+    "digits-c": ("digits_c", "scikit-learn's digits, 800 held-out images, corrupted as they are needed"),
+}
 
 # name -> (reset, what it is in a line)
 PROTOCOLS: dict[str, tuple[str | int, str]] = {

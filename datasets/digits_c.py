@@ -29,4 +29,7 @@ def domains(
     if samples is not None and not 1 <= samples <= len(images):
         raise ValueError(f"samples is between 1 and {len(images)}; got {samples}.")
     first = slice(samples)
-    return [CorruptedImages(n, images[first], labels[first], index[first], severity, seed) for n in corruptions]
+    clean = images[first], labels[first], index[first]
+    return [
+        CorruptedImages(n, *clean, severity=severity, seed=seed, origin="scikit-learn's digits") for n in corruptions
+    ]

@@ -13,7 +13,7 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 
 TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.fingerprint"
 ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source"
-ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.engine numpy"
+ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine numpy"
 
 # module -> what it may import besides the standard library. A row `x.*` speaks for the modules inside package x.
 # Nothing names tta.report or tta.cli but the two that may; a new module of tta/ needs a row of its own.
@@ -30,10 +30,12 @@ MAY_IMPORT = {
     "tta.methods.*": f"{ADAPTER} torchvision",
     "tta.datasets": "torch tta.datasets.*",
     "tta.datasets.*": "torch torchvision numpy sklearn pooch tta.fingerprint tta.datasets.*",
-    "tta.models": f"{TOOLS} timm torchvision safetensors",
+    "tta.networks": "torch timm",
+    "tta.models": f"{TOOLS} timm torchvision safetensors tta.networks",
     "tta.config": "omegaconf yaml tta.adapter",
     "tta.configs": "",
     "tta.results": f"{ADAPTER} numpy tta.config tta.models",
+    "tta.intervals": "numpy tta.results",
     "tta.engine": f"{ADAPTER} lightning torchmetrics rich tta.config tta.results tta.methods tta.datasets.*",
     "tta.report": f"{ANYTHING} rich pandas matplotlib tta.datasets.*",
     "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report",

@@ -44,6 +44,21 @@ def test_table_reads_what_run_wrote(tmp_path, capsys):
         assert sign in capsys.readouterr().out
 
 
+def test_diff_names_what_differs(tmp_path, capsys):
+    run("tent", "--out", str(tmp_path / "a"))
+    run("tent", "lr=0.5", "--out", str(tmp_path / "b"))
+    first, second = (next((tmp_path / name).rglob("tent")) for name in "ab")
+    capsys.readouterr()
+    assert main(["diff", str(first), str(second)]) == 0
+    out = capsys.readouterr().out
+    assert "config.lr" in out
+    assert "manifest" not in out
+    assert main(["diff", str(first), str(first)]) == 0
+    assert "agree in every field" in capsys.readouterr().out
+    assert main(["diff", str(first), str(tmp_path / "c")]) == 2
+    assert "No result at" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", ["methods", "streams", "models", "corruptions", "protocols"])
 def test_list_has_a_line_for_each(what, capsys):
     assert main(["list", what]) == 0

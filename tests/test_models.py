@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 import tta
 from tta.datasets import digits
 from tta.models import EMBEDDED, ImageClassifier, load_weights
+from tta.networks import PaddedShortcut
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -30,6 +31,40 @@ def test_mean_and_std_are_applied_once_and_recorded():
     with torch.no_grad():
         torch.testing.assert_close(model(images), plain((images - mean) / std))
     assert model.preprocessing == {"mean": list(cfg["mean"]), "std": list(cfg["std"]), "input_size": [224, 224]}
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
+)
+def test_cifar_resnets_have_the_published_sizes(depth, parameters):
+    """0.27, 0.46, 0.66, 0.85 and 1.7 million in He et al., table 6."""
+    model = tta.load_model(f"cifar-resnet{depth}", pretrained=False)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    names = set(model.model.state_dict())
+    last = (depth - 2) // 6 - 1
+    assert {"conv1.weight", "bn1.running_var", f"layer3.{last}.bn2.weight", "linear.bias"} <= names
+    assert not any("shortcut" in name for name in names)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_option_a_shortcut_takes_every_second_pixel_and_pads_channels():
+    x = torch.rand(2, 16, 8, 8)
+    padded = PaddedShortcut(16, 32, 2)(x)
+    assert torch.equal(padded[:, 8:24], x[:, :, ::2, ::2])
+    assert padded[:, :8].abs().sum() == padded[:, 24:].abs().sum() == 0
+
+
+def test_a_spec_without_weights_asks_for_a_checkpoint():
+    with pytest.raises(ValueError, match="'cifar-resnet20' has no weights of its own: give checkpoint=PATH"):
+        tta.load_model("cifar-resnet20")
+
+
+def test_given_mean_and_std_replace_those_of_the_spec(tmp_path):
+    model = tta.load_model("cifar-resnet20", pretrained=False, mean=(0.4914, 0.4822, 0.4465), std=(0.2, 0.2, 0.3))
+    assert model.preprocessing["mean"] == [0.4914, 0.4822, 0.4465]
+    assert model.std.flatten().tolist() == pytest.approx([0.2, 0.2, 0.3])
+    with pytest.raises(ValueError, match="three numbers each"):
+        tta.load_model("cifar-resnet20", pretrained=False, mean=(0.5,))
 
 
 def test_torchvision_spec_without_weights_is_untrained():

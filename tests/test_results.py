@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tta.results import Predictions, Result, Row, compare_errors, environment, error_interval, find_results
+from tta.intervals import compare_errors, error_interval
+from tta.results import Predictions, Result, Row, differences, environment, find_results
 
 
 def predictions(domain, index, label, prediction):
@@ -117,6 +118,26 @@ def test_impossible_results_are_refused(change, message):
 def test_predictions_of_another_run_are_refused():
     with pytest.raises(ValueError, match="They come from different runs"):
         make([("fog", 1, 1)], predictions=predictions([0], [0], [3], [3]))
+
+
+def test_differences_name_the_fields_and_ignore_the_clock():
+    first = make(manifest={"device": "cpu", "model": {"weights": "ab"}}, seconds=1.0)
+    second = make(
+        [("fog", 4, 2), ("snow", 2, 1)],
+        manifest={"device": "cpu", "model": {"weights": "ac"}},
+        config={"lr": 0.1},
+        seed=2,
+    )
+    assert differences(first, make(manifest=first.manifest, seconds=9.0)) == {}
+    assert differences(first, second) == {
+        "seed": (0, 2),
+        "config.lr": (1e-3, 0.1),
+        "config.betas.0": (0.9, None),
+        "config.betas.1": (0.999, None),
+        "manifest.model.weights": ("ab", "ac"),
+        "mean_error": (37.5, 50.0),
+        "errors.fog": (25.0, 50.0),
+    }
 
 
 def test_interval_of_equal_methods_is_zero_and_of_a_constant_gap_has_no_width():

@@ -1,4 +1,4 @@
-"""The ``tta`` command: run, table, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, table, diff, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -110,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv, html")
     table.set_defaults(action=_table)
 
+    diff = commands.add_parser("diff", parents=[common], help="name the fields in which two results differ")
+    diff.add_argument("results", nargs=2, type=Path, metavar="RESULT", help="a folder with a result.json, or the file")
+    diff.set_defaults(action=_diff)
+
     listing = commands.add_parser("list", parents=[common], help="what there is")
     listing.add_argument("what", choices=list(LISTINGS))
     listing.set_defaults(action=_list)
@@ -130,7 +135,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     console = Console(stderr=True)
-    console.print(str(stream).splitlines()[0], highlight=False)
+    console.print(
+        "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
+    )
     results = []
     for name, adapter in adapters.items():
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
@@ -277,7 +284,7 @@ def _usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-# ---------------------------------------------------------------------- table, list
+# ---------------------------------------------------------------------- table, diff, list
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -290,6 +297,26 @@ def _table(arguments: argparse.Namespace) -> int:
             Console().print(comparison)
         else:
             print(comparison.format(arguments.format))
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from tta.results import Result, differences
+
+    with _usage():
+        first, second = (Result.load(path) for path in arguments.results)
+    found = differences(first, second)
+    if not found:
+        print("The two results agree in every field.")
+        return 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("field", *map(str, arguments.results)):
+        table.add_column(Text(heading), overflow="fold")
+    for name, values in found.items():
+        table.add_row(
+            Text(name), *(Text(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in values)
+        )
+    Console().print(table)
     return 0
 
 

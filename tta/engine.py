@@ -6,7 +6,7 @@ The only importer of lightning. ``evaluate`` equals a plain ``for`` loop over th
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -81,7 +81,9 @@ def evaluate(
             enable_checkpointing=False,
             inference_mode=False,  # no_grad serves as well and spares the adapter a copy of each batch
         )
-        trainer.test(module, stream.loader(num_workers), verbose=False)
+        if trainer.strategy.root_device.type != "cpu":
+            module.finish = stream.finish
+        trainer.test(module, stream.loader(num_workers, unfinished=module.finish is not None), verbose=False)
     adapter.to(device)
     predictions = module.predictions()
     method, config = methods.name_of(type(adapter)), as_dict(adapter.config)
@@ -98,6 +100,7 @@ def evaluate(
         "scored_forward": adapter.scored_forward,
         "precision": precision,
         "device": module.device_name,
+        "threads": torch.get_num_threads(),
         "environment": environment(),
     }
     return Result(
@@ -153,6 +156,7 @@ class OnlineModule(pl.LightningModule):
         self.reset, self._period = reset_period(reset)
         self.seconds = 0.0
         self.device_name = "cpu"
+        self.finish: Callable[[Batch], Batch] | None = None  # what remains to be done to images once they are here
         self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._last_domain = -1
         self._skipped = 0
@@ -172,7 +176,9 @@ class OnlineModule(pl.LightningModule):
             first = sum(len(prediction) for *_, prediction in self._seen)
             domain = torch.full((len(images),), dataloader_idx)
             index = torch.arange(first, first + len(images))
-        return Batch(to_float(images.to(device, non_blocking=True)), labels, domain, index)
+        here = Batch(images.to(device, non_blocking=True), labels, domain, index)
+        here = here if self.finish is None else self.finish(here)
+        return here._replace(images=to_float(here.images))
 
     def on_test_start(self) -> None:
         self._begin()

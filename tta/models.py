@@ -1,7 +1,7 @@
 """Model specs: a name and a checkpoint become a module that takes images in [0, 1] and normalises them inside, once."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from tta import networks
 
 FORMS = {
     "timm:NAME[.TAG]": "any classifier of timm, with the weights of that tag",
@@ -19,6 +20,7 @@ FORMS = {
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+CIFAR_RESNETS = {f"cifar-resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 
 class ImageClassifier(nn.Module):
@@ -40,72 +42,60 @@ class ImageClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.spec = spec
+        self.preprocessing: dict[str, Any] = {"input_size": None if input_size is None else list(input_size)}
+        self.normalise_by(mean, std)
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Use this mean and standard deviation, three numbers each, and record them.
+
+        Raises:
+            ValueError: not three numbers, or a standard deviation that is not above 0.
+        """
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"mean and std are three numbers each, for images in [0, 1], std above 0; got mean={list(mean)}, "
+                f"std={list(std)}."
+            )
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        self.spec = spec
-        self.preprocessing = {
-            "mean": list(mean),
-            "std": list(std),
-            "input_size": None if input_size is None else list(input_size),
-        }
+        self.preprocessing |= {"mean": list(mean), "std": list(std)}
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model((images - self.mean) / self.std)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        same = stride == 1 and channels_in == channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class DigitsCNN(nn.Module):
-    """A residual network with BatchNorm for 32-pixel images, 76 000 parameters."""
-
-    def __init__(self, num_classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1, self.layer2, self.layer3 = BasicBlock(16, 16, 1), BasicBlock(16, 32, 2), BasicBlock(32, 64, 2)
-        self.fc = nn.Linear(64, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
-
-
-def digits_vit(num_classes: int = 10) -> nn.Module:
-    """A timm ViT for 32-pixel images: patch 8, width 64, 4 blocks, 4 heads, 215 000 parameters."""
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=num_classes)
-
-
-EMBEDDED = {"digits-cnn": (DigitsCNN, "digits_cnn.safetensors"), "digits-vit": (digits_vit, "digits_vit.safetensors")}
+# name -> (the network, its weights in this package)
+EMBEDDED: dict[str, tuple[Callable[..., nn.Module], str]] = {
+    "digits-cnn": (networks.DigitsCNN, "digits_cnn.safetensors"),
+    "digits-vit": (networks.digits_vit, "digits_vit.safetensors"),
+}
 
 
 def load_model(
-    spec: str, *, checkpoint: str | Path | None = None, num_classes: int | None = None, pretrained: bool = True
+    spec: str,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> ImageClassifier:
     """A source model in ``eval()`` mode that takes images in [0, 1]; mean and std are applied inside, exactly once.
 
     Args:
-        spec: ``digits-cnn`` or ``digits-vit`` (embedded), ``timm:NAME[.TAG]``, or ``torchvision:NAME[/WEIGHTS]``.
+        spec: one of ``tta list models``: ``digits-cnn`` or ``digits-vit`` (embedded), ``cifar-resnet20`` (32, 44, 56,
+            110), ``timm:NAME[.TAG]``, or ``torchvision:NAME[/WEIGHTS]``.
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
         num_classes: of the classifier, where it differs from the spec's own.
-        pretrained: fetch the spec's own weights (timm, torchvision with ``/WEIGHTS``) when there is no checkpoint.
+        pretrained: fetch the spec's own weights (timm, torchvision with ``/WEIGHTS``) when there is no checkpoint;
+            ``False`` leaves the network untrained.
+        mean: per channel, of images in [0, 1], where the checkpoint was trained with other values than the spec's.
+        std: per channel, likewise.
 
     Raises:
-        ValueError: an unknown spec (the nearest is offered), or a checkpoint whose names do not fit (they are listed).
+        ValueError: an unknown spec (the nearest is offered), a spec without weights of its own and no checkpoint, or a
+            checkpoint whose names do not fit (they are listed).
         FileNotFoundError: there is no such checkpoint.
     """
     prefix, _, name = spec.partition(":")
@@ -117,6 +107,13 @@ def load_model(
         if fetch:
             with resources.as_file(resources.files("tta") / "weights" / file) as path:
                 load_weights(model.model, path)
+    elif spec in CIFAR_RESNETS:
+        if fetch:
+            raise ValueError(
+                f"'{spec}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
+            )
+        network = networks.CifarResNet(CIFAR_RESNETS[spec], **classes)
+        model = ImageClassifier(network, IMAGENET_MEAN, IMAGENET_STD, spec, (32, 32))
     elif prefix == "timm" and name:
         network = _create_timm(name, fetch, classes)
         cfg = timm.data.resolve_model_data_config(network)
@@ -124,17 +121,21 @@ def load_model(
     elif prefix == "torchvision" and name:
         model = _create_torchvision(spec, name, fetch, classes)
     else:
-        match = difflib.get_close_matches(spec, list(EMBEDDED), n=1)
+        match = difflib.get_close_matches(spec, [*EMBEDDED, *CIFAR_RESNETS], n=1)
         hint = f" Did you mean '{match[0]}'?" if match else ""
         raise ValueError(f"No model '{spec}'.{hint} There are: {', '.join(list_models())}.")
     if checkpoint is not None:
         load_weights(model.model, Path(checkpoint))
+    if mean is not None or std is not None:
+        model.normalise_by(mean or model.preprocessing["mean"], std or model.preprocessing["std"])
     return model.eval()
 
 
 def list_models() -> dict[str, str]:
     """The embedded models and the forms of the other specs, each with what it is in a line."""
-    return {**{name: (make.__doc__ or "").splitlines()[0] for name, (make, _) in EMBEDDED.items()}, **FORMS}
+    embedded = {name: (make.__doc__ or "").splitlines()[0] for name, (make, _) in EMBEDDED.items()}
+    cifar = dict.fromkeys(CIFAR_RESNETS, "He et al.'s ResNet for 32-pixel images; needs checkpoint=PATH")
+    return {**embedded, **cifar, **FORMS}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

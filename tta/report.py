@@ -12,7 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from tta.results import Interval, Result, compare_errors
+from tta.intervals import Interval, compare_errors
+from tta.results import Result
 
 if TYPE_CHECKING:
     import pandas
@@ -269,7 +270,7 @@ def compare(results: Iterable[Result], baseline: str | None = None) -> Compariso
     """Results side by side, each with its difference to a baseline and a paired bootstrap interval.
 
     A run is compared with the baseline's run on the same stream, seed and source model, over the images both predicted
-    (:func:`tta.results.compare_errors`); where there are several, with the one whose other settings are most alike.
+    (:func:`tta.intervals.compare_errors`); where there are several, with the one whose other settings are most alike.
 
     Args:
         results: made by :func:`tta.evaluate` or read by :func:`tta.results.find_results`.

@@ -1,0 +1,158 @@
+"""``cifar10-c``: the published files, or corruptions generated from clean CIFAR-10 where only that is at hand."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from tta import fingerprint
+from tta.datasets.corruptions import CORRUPTIONS
+from tta.datasets.stream import CorruptedImages, Domain
+
+IMAGES = 10_000  # in the test set, and in each severity of a published file
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def domains(
+    *,
+    root: str | Path | None = None,
+    severity: int = 5,
+    corruptions: Sequence[str] = CORRUPTIONS,
+    samples: int | None = None,
+    seed: int = 0,
+) -> list[Domain]:
+    """The CIFAR-10 test images, once for each corruption, in the canonical order.
+
+    ``root`` is, or holds, one of these; the first that is there is taken:
+
+    * ``CIFAR-10-C/``: the published files, ``gaussian_noise.npy`` ... and ``labels.npy``, uint8 (50000, 32, 32, 3) in
+      five blocks of 10 000 images, one a severity. Hendrycks & Dietterich, ICLR 2019,
+      https://zenodo.org/records/2535967. Read as memory maps.
+    * ``cifar-10-batches-py/``: clean CIFAR-10 as torchvision downloads it; the corruptions are generated.
+    * ``test/CLASS/*.png`` (or .jpg): clean CIFAR-10 as image files; the corruptions are generated. A folder has no
+      order of its own but that of the classes, which would ruin batch statistics: the images are shuffled, always in
+      the same way.
+
+    Args:
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        severity: 1 to 5.
+        corruptions: which, and in which order.
+        samples: only the first so many images of each domain; all 10 000 if left out.
+        seed: of the draws of generated corruptions.
+
+    Raises:
+        FileNotFoundError: none of them is there; the message says how to get one.
+        ValueError: a file that is truncated or of another shape, an unknown corruption, a severity out of range.
+    """
+    if severity not in range(1, 6):
+        raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
+    if samples is not None and not 1 <= samples <= IMAGES:
+        raise ValueError(f"samples is between 1 and {IMAGES}; got {samples}.")
+    folder = Path(root if root is not None else os.environ.get("TTA_DATA", "data"))
+    published = next((place for place in (folder / "CIFAR-10-C", folder) if (place / "labels.npy").exists()), None)
+    if published is not None:
+        labels = _read_block(published / "labels.npy", (), severity)
+        checked = torch.from_numpy(labels[:samples].astype(np.int64))
+        return [PublishedImages(name, published / f"{name}.npy", checked, severity) for name in corruptions]
+    clean, known, origin = _clean(folder)
+    part = slice(samples)
+    index = torch.arange(IMAGES)
+    return [
+        CorruptedImages(name, clean[part], known[part], index[part], severity=severity, seed=seed, origin=origin)
+        for name in corruptions
+    ]
+
+
+class PublishedImages:
+    """One corruption at one severity of a published file; images are read when they are asked for.
+
+    Args:
+        name: of the corruption.
+        file: uint8 (50000, 32, 32, 3) in five blocks of 10 000 images, one a severity.
+        labels: (n,), int64, of the first n images of a block.
+        severity: 1 to 5.
+    """
+
+    def __init__(self, name: str, file: Path, labels: Tensor, severity: int) -> None:
+        self.name = name
+        self.labels = labels
+        self.index = torch.arange(len(labels))
+        self.origin = f"read from {file.parent}, severity {severity}"
+        self._block = _read_block(file, (32, 32, 3), severity)
+
+    def images(self, positions: Tensor) -> Tensor:
+        """Images at these positions, uint8 (n, 3, 32, 32)."""
+        return torch.from_numpy(self._block[positions.numpy()]).permute(0, 3, 1, 2).contiguous()
+
+    def describe(self) -> dict[str, str]:
+        """What the manifest says of the images: where they lie and a hash over all that is used of them."""
+        used = torch.from_numpy(np.array(self._block[: len(self.labels)]))
+        content = fingerprint.of_tensors([("images", used), ("labels", self.labels)])
+        return {"origin": self.origin, "content": content}
+
+
+def _read_block(file: Path, shape: tuple[int, ...], severity: int) -> np.ndarray:
+    """The part of a published file that belongs to a severity, (10000, *shape) uint8, as a memory map."""
+    expected = (5 * IMAGES, *shape)
+    if not file.exists():
+        there = sorted(other.stem for other in file.parent.glob("*.npy") if other.stem != "labels")
+        raise FileNotFoundError(f"There is no '{file}'. That folder holds: {', '.join(there) or 'no .npy file'}.")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        size = file.stat().st_size
+        raise ValueError(
+            f"'{file}' cannot be read as uint8 {expected}: it has {size} bytes, and a whole file has "
+            f"{int(np.prod(expected))} behind its header ({error}). It may be truncated: get it again."
+        ) from None
+    if array.shape != expected or (shape and array.dtype != np.uint8) or array.dtype.kind not in "ui":
+        kind = "uint8" if shape else "integers"
+        raise ValueError(f"'{file}' holds {array.dtype} {array.shape}; expected {kind} {expected}.")
+    return array[(severity - 1) * IMAGES : severity * IMAGES]
+
+
+def _clean(folder: Path) -> tuple[Tensor, Tensor, str]:
+    """The clean test images uint8 (10000, 3, 32, 32), their labels, and where they come from in words."""
+    home = folder.parent if folder.name == CIFAR10.base_folder else folder  # torchvision names the folder above
+    if (home / CIFAR10.base_folder).is_dir():
+        data = CIFAR10(str(home), train=False)
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor(data.targets), f"clean CIFAR-10 in {home / CIFAR10.base_folder}"
+    for place in (folder / "test", folder):
+        if (place / CLASSES[0]).is_dir():
+            return *_image_folder(place), f"clean image files in {place}"
+    raise FileNotFoundError(
+        f"No CIFAR-10-C and no clean CIFAR-10 in '{folder}'. Looked for CIFAR-10-C/labels.npy (the published files, "
+        "https://zenodo.org/records/2535967), cifar-10-batches-py/ (torchvision.datasets.CIFAR10(folder, "
+        f"download=True)), and test/{CLASSES[0]}/ (image files). Name the folder with stream.root=PATH or the "
+        "environment variable TTA_DATA."
+    )
+
+
+def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if found != list(CLASSES):
+        raise ValueError(f"'{folder}' has the folders {', '.join(found)}; expected one a class: {', '.join(CLASSES)}.")
+    classes = [sorted(f for f in (folder / name).iterdir() if f.suffix.lower() in SUFFIXES) for name in CLASSES]
+    files = [file for of_class in classes for file in of_class]
+    if len(files) != IMAGES:
+        raise ValueError(f"'{folder}' holds {len(files)} images (.png, .jpg, .jpeg); expected {IMAGES}.")
+    labels = torch.arange(len(CLASSES)).repeat_interleave(torch.tensor([len(of_class) for of_class in classes]))
+    order = torch.from_numpy(np.random.RandomState(0).permutation(IMAGES))
+    return torch.stack([_decode(files[i]) for i in order.tolist()]), labels[order]
+
+
+def _decode(file: Path) -> Tensor:
+    try:
+        image = decode_image(read_file(str(file)), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise ValueError(f"'{file}' is not an image that can be decoded ({error}).") from None
+    if image.shape != (3, 32, 32):
+        raise ValueError(f"'{file}' is {image.shape[1]} x {image.shape[2]} pixels; expected 32 x 32.")
+    return image
