@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1]; floating-point images as they are."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    return images / 255 if images.dtype == torch.uint8 else images
 
 
 class Domain(Protocol):
@@ -102,7 +102,7 @@ class CorruptedImages:
         if len(missing):
             images[missing] = self.finish(self.stored(missing), self.index[missing])
             made[missing] = 1
-        return images[positions]
+        return images.index_select(0, positions)
 
     def stored(self, positions: Tensor) -> Tensor:
         """Clean images at these positions, uint8: what :meth:`finish` starts from."""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
         model = tta.load_model(request.run.model or _default_model(request.stream), checkpoint=request.run.checkpoint)
         adapters = {name: _make_adapter(model, name, request) for name in request.methods}
 
+    _keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     console = Console(stderr=True)
     console.print(
@@ -159,6 +161,19 @@ def _run(arguments: argparse.Namespace) -> int:
     Console().print(tta.compare(results))
     console.print(f"Results: {out}", highlight=False)
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory of a batch for the next one (up to 1 GB) instead of handing it back to the system.
+
+    Handed back, it is taken again page by page: 4 000 page faults a batch of 200 through the embedded CNN, which then
+    takes 1.7 times as long. Elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**25)  # the largest that glibc takes
 
 
 def parse_request(words: Sequence[str]) -> Request:
