@@ -326,7 +326,7 @@ def _settings(result: Result) -> dict[str, str]:
     data, model = _part(result.manifest, "data"), _part(result.manifest, "model")
     found = {
         "stream": result.stream,
-        **_part(data, "settings"),
+        **_stream_settings(result),
         "seed": result.seed,
         "reset": result.reset,
         "protocol": data.get("protocol"),
@@ -338,6 +338,12 @@ def _settings(result: Result) -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if isinstance(value, (str, int, float))}
 
 
+def _stream_settings(result: Result) -> dict[str, Any]:
+    """How the stream was asked for; where its files lie makes no difference."""
+    settings = _part(_part(result.manifest, "data"), "settings")
+    return {name: value for name, value in settings.items() if name != "root"}
+
+
 def _part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     part = manifest.get(name)
     return part if isinstance(part, Mapping) else {}
@@ -346,9 +352,7 @@ def _part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _comparable(result: Result) -> str:
     """The same text for results whose errors may be set side by side."""
     settings = _settings(result)
-    images = {
-        name: settings.get(name) for name in (*_part(_part(result.manifest, "data"), "settings"), "stream", "seed")
-    }
+    images = {name: settings.get(name) for name in (*_stream_settings(result), "stream", "seed")}
     source = {name: settings.get(name) for name in ("model", "weights")}
     return json.dumps([images, source], sort_keys=True)
 
