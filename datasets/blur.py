@@ -12,6 +12,8 @@ from tta.datasets import pixels
 from tta.datasets.draws import Draws, Keys, Setting, Size
 from tta.datasets.pixels import to_uint8, unit
 
+_NEGLIGIBLE = 1e-9  # a weight that changes no grey level
+
 
 def gaussian_blur(images: Tensor, draws: Draws, sigma: float) -> Tensor:
     return pixels.gaussian(unit(images, torch.float64), sigma, pixels.nearest)
@@ -36,9 +38,16 @@ def defocus_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
     height, width = images.shape[2:]
     # float64: the weight beside a narrow kernel's centre is of the order of float32's rounding error, and truncates
     padded = pixels.padded(unit(images, torch.float64), reach, pixels.mirror_101)
-    out = torch.zeros_like(padded[..., :height, :width])
-    for row, column in zip(*np.nonzero(kernel > 1e-9), strict=True):
-        out += padded[..., row : row + height, column : column + width] * float(kernel[row, column])
+    out = torch.zeros_like(images, dtype=torch.float64)
+    for row, weights in enumerate(kernel[: reach + 1].tolist()):
+        if max(weights) < _NEGLIGIBLE:
+            continue
+        pair = padded[..., row : row + height, :]
+        if row < reach:  # the kernel is its own mirror image: rows of equal weights are added up first
+            pair = pair + padded[..., 2 * reach - row : 2 * reach - row + height, :]
+        for column, weight in enumerate(weights):
+            if weight > _NEGLIGIBLE:
+                out += pair[..., column : column + width] * weight
     return out
 
 

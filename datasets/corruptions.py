@@ -41,7 +41,7 @@ CORRUPTIONS: tuple[str, ...] = (
 VALIDATION_CORRUPTIONS: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 RECIPES: tuple[str, ...] = ("cifar", "imagenet")
 
-_VALUES_AT_ONCE = 2**21  # larger batches are worked through in parts: intermediate results stay in cache and bounded
+_VALUES_AT_ONCE = 2**19  # larger batches are worked through in parts: intermediate results stay in cache and bounded
 
 
 def corrupt(

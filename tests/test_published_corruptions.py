@@ -463,4 +463,6 @@ def test_distances_are_those_of_the_5_x_5_mask() -> None:
 def test_an_image_without_drops_stays_as_it_is() -> None:
     images = pictures(1, 32, 32)
     for severity in (1, 5):
-        assert torch.equal(apply("spatter", images, {"layer": torch.full((1, 32, 32), -3.0)}, severity=severity), images)
+        assert torch.equal(
+            apply("spatter", images, {"layer": torch.full((1, 32, 32), -3.0)}, severity=severity), images
+        )
