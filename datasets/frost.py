@@ -16,7 +16,8 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from tta.datasets import draws
 
 SIDE = {"cifar": 256, "imagenet": 512}  # of a texture, in pixels; it repeats seamlessly
-_SCALE = {"cifar": 1.0, "imagenet": 5.0}  # of its crystals
+# of its crystals; five times larger, as in the photographs, too few of them would fall into an image of 224 pixels
+_SCALE = {"cifar": 1.0, "imagenet": 3.0}
 _STRIDE = {"cifar": 5, "imagenet": 1}  # of the photographs' pixels that are used
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 # Mean, standard deviation of the five textures before clipping: between thin and dense, .45 and .2 on average.
