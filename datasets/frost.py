@@ -65,18 +65,17 @@ def _texture(number: int, mean: float, std: float, side: int, scale: float) -> T
     def smooth(field: int, along: float, across: float, angle: float = 0.0) -> Tensor:
         return _smooth(waves[field], scale * along, scale * across, angle)
 
-    angles = (torch.arange(_ORIENTATIONS) * torch.pi / _ORIENTATIONS).tolist()
-    # thin bright needles in one direction, of three sizes
-    sizes = ((1.0, 14.0, 2.0), (0.6, 8.0, 1.2), (0.4, 4.0, 0.6))
-    needles = torch.stack(
-        [
-            _standard(sum(weight * _ridged(smooth(n, along, across, angle)) for weight, along, across in sizes))
-            for n, angle in enumerate(angles)
-        ]
-    )
+    def needles(field: int) -> Tensor:
+        """Thin bright needles in one direction, of three sizes."""
+        angle = field * math.pi / _ORIENTATIONS
+        sizes = ((1.0, 14.0, 2.0), (0.6, 8.0, 1.2), (0.4, 4.0, 0.6))
+        layers = [weight * _ridged(smooth(field, along, across, angle)) for weight, along, across in sizes]
+        return _standard(torch.stack(layers).sum(0))
+
     # Crystals grow in patches: one orientation prevails in each, chosen by the largest of smooth random fields.
     patches = torch.stack([smooth(n, 12.0, 12.0) for n in range(_ORIENTATIONS, 2 * _ORIENTATIONS)])
-    feathers = (needles * (2.5 * patches).softmax(0)).sum(0)
+    crystals = torch.stack([needles(n) for n in range(_ORIENTATIONS)])
+    feathers = (crystals * (2.5 * patches).softmax(0)).sum(0)
     veins = _standard(sum(_ridged(smooth(-1, width, width)) / 2**k for k, width in enumerate((10.0, 5.0, 2.5, 1.25))))
     grains = smooth(-2, 0.6, 0.6)
     cover = smooth(-3, 24.0, 24.0)
