@@ -1,6 +1,6 @@
 """Images as streams: domains, protocols, corruptions, and one file for each source of images."""
 
-from tta.datasets.corruptions import CORRUPTIONS, corrupt
+from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, corrupt
 from tta.datasets.stream import Batch, Domain, Stream
 
-__all__ = ["CORRUPTIONS", "Batch", "Domain", "Stream", "corrupt"]
+__all__ = ["CORRUPTIONS", "VALIDATION_CORRUPTIONS", "Batch", "Domain", "Stream", "corrupt"]

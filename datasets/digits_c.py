@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tta.datasets import digits
-from tta.datasets.corruptions import CORRUPTIONS
+from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS
 from tta.datasets.stream import CorruptedImages
 
 
@@ -14,7 +14,7 @@ def domains(
 
     Args:
         severity: 1 to 5.
-        corruptions: which, and in which order.
+        corruptions: which, and in which order; those to tune on too.
         samples: only the first so many images of each domain; all 800 if left out.
         seed: of the corruptions' draws.
 
@@ -24,8 +24,9 @@ def domains(
     images, labels, index = digits.split("test")
     if severity not in range(1, 6):
         raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
-    if unknown := [name for name in corruptions if name not in CORRUPTIONS]:
-        raise ValueError(f"No corruption '{unknown[0]}'. There are: {', '.join(CORRUPTIONS)}.")
+    known = CORRUPTIONS + VALIDATION_CORRUPTIONS
+    if unknown := [name for name in corruptions if name not in known]:
+        raise ValueError(f"No corruption '{unknown[0]}'. There are: {', '.join(known)}.")
     if samples is not None and not 1 <= samples <= len(images):
         raise ValueError(f"samples is between 1 and {len(images)}; got {samples}.")
     first = slice(samples)

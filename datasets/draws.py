@@ -6,9 +6,16 @@ The same numbers come out on every device and in every batch. The mixing functio
 
 import math
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Draws = dict[str, Tensor]  # the random numbers of one corruption, (n, ...) each
+Keys = Callable[[str], Tensor]  # what the numbers are for -> (n,), see `keys`
+Setting = Any  # a corruption's constants at one severity: a number or a tuple, as its functions take it
+Size = tuple[int, int]  # height, width
 
 
 def _signed(value: int) -> int:

@@ -1,9 +1,11 @@
 """Pictures of frost for the corruption of that name: a procedural texture, or a folder of photographs.
 
 The photographs of the published generator are not ours to ship. The texture stands in for them: patches of needle-like
-crystals over dark ground, in cool grey-blue, at the scale that the CIFAR recipe brings the photographs to.
+crystals over dark ground, in cool grey-blue, at the scale of the recipe: CIFAR's shrinks the photographs to a fifth.
 """
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 
 from tta.datasets import draws
 
-SIDE = 256  # of a texture, in pixels; it repeats seamlessly
+SIDE = {"cifar": 256, "imagenet": 512}  # of a texture, in pixels; it repeats seamlessly
+# of its crystals; five times larger, as in the photographs, too few of them would fall into an image of 224 pixels
+_SCALE = {"cifar": 1.0, "imagenet": 3.0}
+_STRIDE = {"cifar": 5, "imagenet": 1}  # of the photographs' pixels that are used
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 # Mean, standard deviation of the five textures before clipping: between thin and dense, .45 and .2 on average.
 _LOOKS = ((0.45, 0.20), (0.38, 0.21), (0.52, 0.19), (0.41, 0.22), (0.49, 0.18))
@@ -21,10 +26,20 @@ _TINT = (0.93, 1.0, 1.07)  # ice is slightly blue
 _ORIENTATIONS = 7
 
 
-@lru_cache(maxsize=1)
-def textures() -> tuple[Tensor, ...]:
-    """Five procedural pictures of frost, always the same: uint8 (3, 256, 256) each, on the CPU."""
-    return tuple(_texture(number, mean, std) for number, (mean, std) in enumerate(_LOOKS))
+def pictures(recipe: str, folder: str | Path | None, size: tuple[int, int]) -> Sequence[Tensor]:
+    """Pictures of frost at the recipe's scale: the photographs of a folder, or textures of at least this size."""
+    if folder is None:
+        copies = [math.ceil(side / SIDE[recipe]) for side in size]
+        return [texture.repeat(1, *copies) for texture in textures(recipe)]
+    every = _STRIDE[recipe]
+    # OpenCV's linear resize to 20 % puts each output pixel on the middle one of five
+    return [photo[:, every // 2 :: every, every // 2 :: every] for photo in photographs(folder)]
+
+
+@lru_cache(maxsize=2)
+def textures(recipe: str = "cifar") -> tuple[Tensor, ...]:
+    """Five procedural pictures of frost, always the same: uint8 (3, side, side) each, on the CPU."""
+    return tuple(_texture(number, *look, SIDE[recipe], _SCALE[recipe]) for number, look in enumerate(_LOOKS))
 
 
 def photographs(folder: str | Path) -> tuple[Tensor, ...]:
@@ -42,18 +57,28 @@ def photographs(folder: str | Path) -> tuple[Tensor, ...]:
     return tuple(decode_image(read_file(str(file)), mode=ImageReadMode.RGB) for file in files)
 
 
-def _texture(number: int, mean: float, std: float) -> Tensor:
+def _texture(number: int, mean: float, std: float, side: int, scale: float) -> Tensor:
     seeds = draws.keys(torch.tensor([number]), seed=0, purpose="frost texture")
-    noise = draws.normal(seeds, (2 * _ORIENTATIONS + 3, SIDE, SIDE))[0].double()
-    crystals = noise[:_ORIENTATIONS]
-    angles = torch.arange(_ORIENTATIONS) * torch.pi / _ORIENTATIONS
-    needles = torch.stack([_needles(n, float(a)) for n, a in zip(crystals, angles, strict=True)])
+    noise = draws.normal(seeds, (2 * _ORIENTATIONS + 3, side, side))[0].double()
+    waves = torch.fft.fft2(noise)
+
+    def smooth(field: int, along: float, across: float, angle: float = 0.0) -> Tensor:
+        return _smooth(waves[field], scale * along, scale * across, angle)
+
+    def needles(field: int) -> Tensor:
+        """Thin bright needles in one direction, of three sizes."""
+        angle = field * math.pi / _ORIENTATIONS
+        sizes = ((1.0, 14.0, 2.0), (0.6, 8.0, 1.2), (0.4, 4.0, 0.6))
+        layers = [weight * _ridged(smooth(field, along, across, angle)) for weight, along, across in sizes]
+        return _standard(torch.stack(layers).sum(0))
+
     # Crystals grow in patches: one orientation prevails in each, chosen by the largest of smooth random fields.
-    patches = torch.stack([_smooth(n, 12.0, 12.0) for n in noise[_ORIENTATIONS : 2 * _ORIENTATIONS]])
-    feathers = (needles * (2.5 * patches).softmax(0)).sum(0)
-    veins = _standard(sum(_ridges(noise[-1], width) / 2**k for k, width in enumerate((10.0, 5.0, 2.5, 1.25))))
-    grains = _smooth(noise[-2], 0.6, 0.6)
-    cover = _smooth(noise[-3], 24.0, 24.0)
+    patches = torch.stack([smooth(n, 12.0, 12.0) for n in range(_ORIENTATIONS, 2 * _ORIENTATIONS)])
+    crystals = torch.stack([needles(n) for n in range(_ORIENTATIONS)])
+    feathers = (crystals * (2.5 * patches).softmax(0)).sum(0)
+    veins = _standard(sum(_ridged(smooth(-1, width, width)) / 2**k for k, width in enumerate((10.0, 5.0, 2.5, 1.25))))
+    grains = smooth(-2, 0.6, 0.6)
+    cover = smooth(-3, 24.0, 24.0)
     height = _standard(_standard(feathers) + 0.7 * veins + 0.35 * grains + 0.8 * cover)
     # Bright crystals over dark ground: the distribution leans to the dark side, with a bright tail.
     height = _standard(height.mul(0.45).exp())
@@ -61,31 +86,18 @@ def _texture(number: int, mean: float, std: float) -> Tensor:
     return ((mean + std * height) * tint).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def _needles(noise: Tensor, angle: float) -> Tensor:
-    """Thin bright needles in one direction, of three sizes."""
-    sizes = ((1.0, 14.0, 2.0), (0.6, 8.0, 1.2), (0.4, 4.0, 0.6))
-    return _standard(
-        torch.stack([weight * _ridged(_smooth(noise, along, across, angle)) for weight, along, across in sizes]).sum(0)
-    )
-
-
-def _ridges(noise: Tensor, width: float) -> Tensor:
-    return _ridged(_smooth(noise, width, width))
-
-
 def _ridged(field: Tensor) -> Tensor:
     """Bright where the field crosses zero: curves instead of blobs."""
     return (1 - field.abs()).clamp(min=0).square()
 
 
-def _smooth(noise: Tensor, along: float, across: float, angle: float = 0.0) -> Tensor:
-    """Noise under a Gaussian of these sigmas (pixels), turned by an angle; periodic, mean 0, standard deviation 1."""
-    rows, columns = torch.meshgrid(*[torch.fft.fftfreq(SIDE, dtype=noise.dtype)] * 2, indexing="ij")
-    turn = torch.tensor(angle, dtype=noise.dtype)
-    u = columns * turn.cos() + rows * turn.sin()
-    v = rows * turn.cos() - columns * turn.sin()
+def _smooth(waves: Tensor, along: float, across: float, angle: float) -> Tensor:
+    """Noise, given its transform, under a Gaussian of these sigmas (pixels), turned; periodic, mean 0, deviation 1."""
+    rows, columns = torch.meshgrid(*[torch.fft.fftfreq(len(waves), dtype=torch.float64)] * 2, indexing="ij")
+    u = columns * math.cos(angle) + rows * math.sin(angle)
+    v = rows * math.cos(angle) - columns * math.sin(angle)
     response = (-2 * torch.pi**2 * ((along * u) ** 2 + (across * v) ** 2)).exp()
-    return _standard(torch.fft.ifft2(torch.fft.fft2(noise) * response).real)
+    return _standard(torch.fft.ifft2(waves * response).real)
 
 
 def _standard(field: Tensor) -> Tensor:

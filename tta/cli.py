@@ -362,9 +362,9 @@ def _models() -> list[tuple[str, str]]:
 
 
 def _corruptions() -> list[tuple[str, str]]:
-    from tta.datasets.corruptions import CORRUPTIONS
+    from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS
 
-    return [(name, "") for name in CORRUPTIONS]
+    return [(name, "") for name in CORRUPTIONS] + [(name, "to tune on") for name in VALIDATION_CORRUPTIONS]
 
 
 def _protocols() -> list[tuple[str, str]]:
