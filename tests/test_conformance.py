@@ -1,6 +1,7 @@
 """What every method must do, by listing: a new file in methods/ is tested here without being named."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ VARIANTS = [
     ("norm", {"momentum": 0.1}),
     ("tent", {"optimizer": "sgd", "lr": 0.05}),
     ("tent", {"steps": 3, "optimizer": "adamw"}),
+    ("sar", {"lr": 0.05, "steps": 2, "margin_e0": 1.0}),
+    ("sar", {"lr": 0.01, "optimizer": "adam", "recovery": "weights"}),
 ]
 CASES = [*((name, {}) for name in tta.list_methods()), *VARIANTS]
 
@@ -220,3 +223,17 @@ def test_bf16_autocast_stays_near_float32(make, batches):
     assert logits.dtype == torch.float32
     assert (logits - reference).abs().median() < 0.1  # logits span about 20; bfloat16 keeps 8 bits
     assert (logits.argmax(1) == reference.argmax(1)).float().mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", tta.list_methods())
+def test_memory_does_not_grow(method, cnn, golden_images):
+    """Live tensors and the size of the state after 1 000 batches are those after 200."""
+    adapter, sizes = tta.adapt(cnn, method), []
+    for batch in range(1, 1001):
+        adapter(golden_images[(2 * batch) % 766 :][:2, :, ::2, ::2])
+        if batch in (200, 1000):
+            gc.collect()
+            tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+            sizes.append((tensors, {key: value.numel() for key, value in adapter.state_dict().items()}))
+    assert sizes[0] == sizes[1]

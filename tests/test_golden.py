@@ -1,5 +1,7 @@
 """Parity: the same settings give the logits that the papers' released code computed."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ ROWS = {
     "norm": ("cnn", "norm", {}, "never"),
     "tent": ("cnn", "tent", {"optimizer": "adam", "lr": 5e-3}, "never"),
     "tent_steps3": ("cnn", "tent", {"optimizer": "adam", "lr": 5e-3, "steps": 3}, "never"),
+    "sar": ("cnn", "sar", {"lr": 0.05, "margin_e0": 0.4 * math.log(10), "reset_constant": 0.2}, "never"),
     "tent_episodic": ("cnn", "tent", {"optimizer": "adam", "lr": 1e-2, "steps": 2}, "batch"),
 }
 

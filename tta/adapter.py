@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
@@ -85,6 +85,7 @@ class Adapter(nn.Module):
 
     config: Config
     scored_forward: ClassVar[str] = "before"  # whether the logits returned precede the batch's update, or follow it
+    _FUSED_ON: ClassVar[tuple[str, ...]] = ("cuda",)
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors
 
     def __init__(self, model: nn.Module, config: Config | None = None, *, copy: bool = True) -> None:
@@ -128,31 +129,57 @@ class Adapter(nn.Module):
         """Logits as the adapter would predict now, learning nothing and changing no state; (batch, classes) float32."""
         return logits_of(self.model(x))
 
-    def update(self, loss: Tensor) -> None:
+    def update(
+        self, loss: Tensor, *, gradients: Sequence[Tensor | None] | None = None, only_if: Tensor | None = None
+    ) -> Tensor:
         """One optimizer step down ``loss``.
 
         A step whose loss or gradient is not finite is skipped and counted in :attr:`skipped_updates`: weights and
         optimizer moments stay as they were.
+
+        Args:
+            loss: scalar.
+            gradients: those of the optimizer's parameters, where they were computed already (elsewhere than at the
+                present weights, as a sharpness-aware step does); else they are computed here.
+            only_if: a boolean scalar; where it is false there is nothing to learn from and no step is made. It may
+                lie on a GPU: nothing waits for it.
+
+        Returns:
+            Whether the step was made, a boolean scalar on the loss's device.
         """
         optimizer = self.optimizer
         assert optimizer is not None, "update() needs parameters to adapt and a config that extends OptimizerConfig"
         optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:
+        if gradients is not None:
+            for parameter, gradient in zip(self._optimized(), gradients, strict=True):
+                parameter.grad = gradient
+        elif loss.requires_grad:
             loss.backward()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            finite = loss.detach().isfinite().all() & get_total_norm(gradients).isfinite()
+        present = [p.grad for p in self._optimized() if p.grad is not None]
+        made = torch.zeros((), dtype=torch.bool, device=loss.device)
+        if present:
+            finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()
             if self._input_is_finite is not None:
                 finite = finite & self._input_is_finite
-            if finite.device.type == "cpu" and not _is_fused(optimizer):
-                if finite:
+            made = finite if only_if is None else finite & only_if
+            if made.device.type == "cpu" and not _is_fused(optimizer):
+                if made:
                     optimizer.step()
             else:  # the fused kernels read the flag on the device: nothing waits for it
-                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                optimizer.found_inf = (~made).float()  # type: ignore[attr-defined]
                 optimizer.step()
             self._counters[0] += ~finite
         optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # a second forward under autocast would otherwise use the weights before the step
+        return made
+
+    def source_tensors(self) -> dict[str, Tensor]:
+        """The source's parameters and buffers under their names in ``self.model``; to be read only."""
+        return {
+            name.removeprefix("model."): value
+            for name, value in self._source.items()
+            if name.startswith("model.") and value is not None
+        }
 
     # ------------------------------------------------------------------ for a user
 
@@ -357,12 +384,16 @@ class Adapter(nn.Module):
         if not parameters:
             raise ValueError(f"{type(self).__name__} found no parameters to adapt in {type(self.model).__name__}.")
         # On a GPU the fused kernels can skip a step by a flag on the device; the plain ones would have to wait for it.
-        fused = parameters[0].device.type == "cuda" or None
+        fused = parameters[0].device.type in self._FUSED_ON or None
         decay = config.weight_decay
         if config.optimizer == "sgd":
-            return torch.optim.SGD(
+            sgd = torch.optim.SGD(
                 parameters, config.lr, config.momentum, weight_decay=decay, nesterov=config.nesterov, fused=fused
             )
+            if fused and config.momentum:  # a first step that is skipped would leave these as uninitialised memory
+                for parameter in parameters:
+                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, config.lr, config.betas, weight_decay=decay, fused=fused)
 

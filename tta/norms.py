@@ -4,7 +4,7 @@ Which statistics a BatchNorm layer uses belongs to the method. Every function he
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +38,11 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) 
             + "Use a method that does not adapt normalisation layers, or a model that has them."
         )
     return found
+
+
+def within(name: str, parts: Iterable[str]) -> bool:
+    """Whether a module's dotted name holds one of the dotted parts: ``model.blocks.9.norm1`` lies within ``blocks.9``."""
+    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def use_batch_statistics(layer: nn.Module) -> None:
