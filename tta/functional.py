@@ -19,6 +19,19 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
+def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Cross-entropy of each sample against the distribution of the target logits, in nats.
+
+    Args:
+        logits: (batch, classes), any floating dtype.
+        target_logits: (batch, classes); gradients flow into them unless they are detached.
+
+    Returns:
+        (batch,), float32.
+    """
+    return -(target_logits.float().softmax(dim=1) * logits.float().log_softmax(dim=1)).sum(dim=1)
+
+
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
     """Mean over the chosen values, 0 where none is chosen; values that are not chosen get no gradient.
 
