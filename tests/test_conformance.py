@@ -22,6 +22,8 @@ VARIANTS = [
     ("sar", {"lr": 0.05, "steps": 2, "margin_e0": 1.0}),
     ("sar", {"lr": 0.01, "optimizer": "adam", "recovery": "weights"}),
     ("cotta", {"ap": 1.0, "views": 3, "views_at_once": 2, "optimizer": "sgd", "symmetric": True}),
+    ("rotta", {"memory_size": 8, "update_frequency": 5, "nu": 0.5, "alpha": 0.3}),
+    ("rotta", {"update_frequency": 40, "augment": "none", "steps": 2, "optimizer": "adamw"}),
 ]
 # What of a method's defaults is too slow to be run a hundred times.
 QUICK = {"cotta": {"views": 3}}

@@ -20,6 +20,7 @@ ROWS = {
     "tent_steps3": ("cnn", "tent", {"optimizer": "adam", "lr": 5e-3, "steps": 3}, "never"),
     "sar": ("cnn", "sar", {"lr": 0.05, "margin_e0": 0.4 * math.log(10), "reset_constant": 0.2}, "never"),
     "cotta": ("cnn", "cotta", {"mt_alpha": 0.99, "rst_m": 0.0, "ap": 0.85, "views": 2, "augment": roll}, "never"),
+    "rotta": ("cnn", "rotta", {"augment": "none"}, "never"),
     "tent_episodic": ("cnn", "tent", {"optimizer": "adam", "lr": 1e-2, "steps": 2}, "batch"),
 }
 

@@ -245,6 +245,11 @@ class Adapter(nn.Module):
         return self._counters.device
 
     @property
+    def input_is_finite(self) -> bool:
+        """Whether the present batch is finite. Asking waits for a GPU; on the CPU a bad batch was refused before."""
+        return self._input_is_finite is None or bool(self._input_is_finite)
+
+    @property
     def skipped_updates(self) -> int:
         """Optimizer steps skipped so far because the loss or a gradient was not finite."""
         return int(self._counters[0])
@@ -314,10 +319,10 @@ class Adapter(nn.Module):
         for alias, name in self._aliases().items():
             if prefix + name in state_dict:
                 state_dict[prefix + alias] = state_dict[prefix + name]
-        for (name, owner, key), current in self._slots():  # banks whose shape the first batch decides
-            saved_tensor = state_dict.get(prefix + name)
-            if current is None and saved_tensor is not None:
-                owner._buffers[key] = torch.empty_like(saved_tensor, device=self._counters.device)
+        for (name, owner, key), _ in list(self._slots()):
+            if self._source.get(name, name) is None:  # a bank whose shape the first batch decides: now, the saved one
+                bank = state_dict.get(prefix + name)
+                owner._buffers[key] = None if bank is None else torch.empty_like(bank, device=self.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
@@ -350,10 +355,11 @@ class Adapter(nn.Module):
     # ------------------------------------------------------------------ inner workings
 
     def _slots(self) -> Iterator[tuple[tuple[str, nn.Module, str], Tensor | None]]:
-        """Every place of a parameter or buffer, empty and non-persistent ones too, each tensor once."""
+        """Every place of a parameter or buffer, empty and non-persistent buffers too, each tensor once."""
         seen: set[int] = set()
         for path, owner in self.named_modules():
-            for key, value in [*owner._parameters.items(), *owner._buffers.items()]:
+            parameters = [(key, value) for key, value in owner._parameters.items() if value is not None]
+            for key, value in [*parameters, *owner._buffers.items()]:
                 if value is None or id(value) not in seen:
                     seen.add(id(value))
                     yield (f"{path}.{key}" if path else key, owner, key), value
