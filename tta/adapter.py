@@ -279,7 +279,9 @@ class Adapter(nn.Module):
             slots.append({key: value for key, value in moments.items() if not isinstance(value, Tensor)})
             for key, value in moments.items():
                 if isinstance(value, Tensor):
-                    state[f"{prefix}optimizer.{number}.{key}"] = value.detach().clone()
+                    state[f"{prefix}optimizer.{number}.{key}"] = value.detach().clone(
+                        memory_format=torch.contiguous_format
+                    )
         state[prefix + "generator"] = self.generator.get_state()
         text = json.dumps({"method": type(self).__name__, "format": 1, "optimizer": slots})
         state[prefix + self._STATE] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -309,11 +311,9 @@ class Adapter(nn.Module):
         for slot, (parameter, plain) in enumerate(zip(self._optimized(), extra["optimizer"], strict=True)):
             saved = {**plain, **moments.get(slot, {})}
             if saved and self.optimizer:
-                # the step counter lives where the optimizer made it: on the CPU unless the kernel is fused
+                fused = _is_fused(self.optimizer)
                 self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device if key != "step" or _is_fused(self.optimizer) else "cpu", copy=True)
-                    if isinstance(value, Tensor)
-                    else value
+                    key: _beside(parameter, key, value, fused) if isinstance(value, Tensor) else value
                     for key, value in saved.items()
                 }
         for alias, name in self._aliases().items():
@@ -504,6 +504,13 @@ def own(model: nn.Module, copied: bool) -> nn.Module:
     for parameter in duplicate.parameters():
         parameter.grad = None
     return duplicate
+
+
+def _beside(parameter: Tensor, key: str, value: Tensor, fused: bool) -> Tensor:
+    """A copy of a saved moment, placed and laid out as its parameter."""
+    if key == "step":  # it lives where the optimizer makes it: on the CPU unless the kernel is fused
+        return value.to(parameter.device if fused else "cpu", copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
