@@ -1,5 +1,6 @@
-"""The golden source models and stream, shared by the tests."""
+"""The golden source models and stream, and a plain re-statement of RoTTA's memory, shared by the tests."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +77,52 @@ def golden_labels() -> Tensor:
 def golden_logits() -> Callable[[str], Tensor]:
     arrays = np.load(GOLDEN / "logits.npz")
     return lambda key: torch.from_numpy(arrays[key])
+
+
+class PlainMemory:
+    """RoTTA's memory as the paper states its rule, one sample at a time: a list for each class, scanned in order."""
+
+    def __init__(self, capacity, classes, lambda_t, lambda_u):
+        self.capacity, self.classes = capacity, classes
+        self.lambda_t, self.lambda_u = lambda_t, lambda_u
+        self.data = [[] for _ in range(classes)]  # items: [sample, uncertainty, age]
+
+    def score(self, age, uncertainty):
+        timeliness = 1 / (1 + math.exp(-age / self.capacity))
+        return self.lambda_t * timeliness + self.lambda_u * uncertainty / math.log(self.classes)
+
+    def add(self, sample, label, uncertainty):
+        if self.has_room(label, self.score(0, uncertainty)):
+            self.data[label].append([sample, uncertainty, 0])
+        for items in self.data:
+            for item in items:
+                item[2] += 1
+
+    def has_room(self, label, new_score):
+        counts = [len(items) for items in self.data]
+        if counts[label] < self.capacity / self.classes:
+            if sum(counts) < self.capacity:
+                return True
+            return self.give_up([c for c in range(self.classes) if counts[c] == max(counts)], new_score)
+        return self.give_up([label], new_score)
+
+    def give_up(self, classes, new_score):
+        worst, highest = None, None
+        for c in classes:
+            for index, (_, uncertainty, age) in enumerate(self.data[c]):
+                score = self.score(age, uncertainty)
+                if highest is None or score >= highest:
+                    worst, highest = (c, index), score
+        if highest > new_score:
+            del self.data[worst[0]][worst[1]]
+            return True
+        return False
+
+    def contents(self):
+        items = [item for items in self.data for item in items]
+        return [sample for sample, _, _ in items], [age for _, _, age in items]
+
+
+@pytest.fixture(scope="session")
+def plain_memory() -> type[PlainMemory]:
+    return PlainMemory

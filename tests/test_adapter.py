@@ -167,12 +167,13 @@ def test_deepcopy_of_an_adapter_has_its_own_optimizer(cnn, batch):
     assert duplicate.optimizer.state.keys() <= set(duplicate.parameters())
 
 
-def test_channels_last_model_round_trips(cnn, batch, tmp_path):
-    adapter = tta.adapt(cnn.to(memory_format=torch.channels_last), "tent")
+@pytest.mark.parametrize("method", ["tent", "cotta"])  # cotta: moments of weights that are channels-last themselves
+def test_channels_last_model_round_trips(cnn, batch, tmp_path, method):
+    adapter = tta.adapt(cnn.to(memory_format=torch.channels_last), method)
     expected = [adapter(batch)]
     save_file(adapter.state_dict(), tmp_path / "state.safetensors")
     expected.append(adapter(batch))
-    fresh = tta.adapt(cnn, "tent")
+    fresh = tta.adapt(cnn, method)
     fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
     torch.testing.assert_close(fresh(batch), expected[1])
 

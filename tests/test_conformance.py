@@ -1,6 +1,7 @@
 """What every method must do, by listing: a new file in methods/ is tested here without being named."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -18,8 +19,15 @@ VARIANTS = [
     ("norm", {"momentum": 0.1}),
     ("tent", {"optimizer": "sgd", "lr": 0.05}),
     ("tent", {"steps": 3, "optimizer": "adamw"}),
+    ("sar", {"lr": 0.05, "steps": 2, "margin_e0": 1.0}),
+    ("sar", {"lr": 0.01, "optimizer": "adam", "recovery": "weights"}),
+    ("cotta", {"ap": 1.0, "views": 3, "views_at_once": 2, "optimizer": "sgd", "symmetric": True}),
+    ("rotta", {"memory_size": 8, "update_frequency": 5, "nu": 0.5, "alpha": 0.3}),
+    ("rotta", {"update_frequency": 40, "augment": "none", "steps": 2, "optimizer": "adamw"}),
 ]
-CASES = [*((name, {}) for name in tta.list_methods()), *VARIANTS]
+# What of a method's defaults is too slow to be run a hundred times.
+QUICK = {"cotta": {"views": 3}}
+CASES = [*((name, QUICK.get(name, {})) for name in tta.list_methods()), *VARIANTS]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())]))
@@ -220,3 +228,17 @@ def test_bf16_autocast_stays_near_float32(make, batches):
     assert logits.dtype == torch.float32
     assert (logits - reference).abs().median() < 0.1  # logits span about 20; bfloat16 keeps 8 bits
     assert (logits.argmax(1) == reference.argmax(1)).float().mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", tta.list_methods())
+def test_memory_does_not_grow(method, cnn, golden_images):
+    """Live tensors and the size of the state after 1 000 batches are those after 200."""
+    adapter, sizes = tta.adapt(cnn, method, **QUICK.get(method, {})), []
+    for batch in range(1, 1001):
+        adapter(golden_images[(2 * batch) % 766 :][:2, :, ::2, ::2])
+        if batch in (200, 1000):
+            gc.collect()
+            tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+            sizes.append((tensors, {key: value.numel() for key, value in adapter.state_dict().items()}))
+    assert sizes[0] == sizes[1]

@@ -3,7 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
@@ -85,6 +85,7 @@ class Adapter(nn.Module):
 
     config: Config
     scored_forward: ClassVar[str] = "before"  # whether the logits returned precede the batch's update, or follow it
+    _FUSED_ON: ClassVar[tuple[str, ...]] = ("cuda",)
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors
 
     def __init__(self, model: nn.Module, config: Config | None = None, *, copy: bool = True) -> None:
@@ -128,31 +129,57 @@ class Adapter(nn.Module):
         """Logits as the adapter would predict now, learning nothing and changing no state; (batch, classes) float32."""
         return logits_of(self.model(x))
 
-    def update(self, loss: Tensor) -> None:
+    def update(
+        self, loss: Tensor, *, gradients: Sequence[Tensor | None] | None = None, only_if: Tensor | None = None
+    ) -> Tensor:
         """One optimizer step down ``loss``.
 
         A step whose loss or gradient is not finite is skipped and counted in :attr:`skipped_updates`: weights and
         optimizer moments stay as they were.
+
+        Args:
+            loss: scalar.
+            gradients: those of the optimizer's parameters, where they were computed already (elsewhere than at the
+                present weights, as a sharpness-aware step does); else they are computed here.
+            only_if: a boolean scalar; where it is false there is nothing to learn from and no step is made. It may
+                lie on a GPU: nothing waits for it.
+
+        Returns:
+            Whether the step was made, a boolean scalar on the loss's device.
         """
         optimizer = self.optimizer
         assert optimizer is not None, "update() needs parameters to adapt and a config that extends OptimizerConfig"
         optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:
+        if gradients is not None:
+            for parameter, gradient in zip(self._optimized(), gradients, strict=True):
+                parameter.grad = gradient
+        elif loss.requires_grad:
             loss.backward()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            finite = loss.detach().isfinite().all() & get_total_norm(gradients).isfinite()
+        present = [p.grad for p in self._optimized() if p.grad is not None]
+        made = torch.zeros((), dtype=torch.bool, device=loss.device)
+        if present:
+            finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()
             if self._input_is_finite is not None:
                 finite = finite & self._input_is_finite
-            if finite.device.type == "cpu" and not _is_fused(optimizer):
-                if finite:
+            made = finite if only_if is None else finite & only_if
+            if made.device.type == "cpu" and not _is_fused(optimizer):
+                if made:
                     optimizer.step()
             else:  # the fused kernels read the flag on the device: nothing waits for it
-                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                optimizer.found_inf = (~made).float()  # type: ignore[attr-defined]
                 optimizer.step()
             self._counters[0] += ~finite
         optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # a second forward under autocast would otherwise use the weights before the step
+        return made
+
+    def source_tensors(self) -> dict[str, Tensor]:
+        """The source's parameters and buffers under their names in ``self.model``; to be read only."""
+        return {
+            name.removeprefix("model."): value
+            for name, value in self._source.items()
+            if name.startswith("model.") and value is not None
+        }
 
     # ------------------------------------------------------------------ for a user
 
@@ -218,6 +245,11 @@ class Adapter(nn.Module):
         return self._counters.device
 
     @property
+    def input_is_finite(self) -> bool:
+        """Whether the present batch is finite. Asking waits for a GPU; on the CPU a bad batch was refused before."""
+        return self._input_is_finite is None or bool(self._input_is_finite)
+
+    @property
     def skipped_updates(self) -> int:
         """Optimizer steps skipped so far because the loss or a gradient was not finite."""
         return int(self._counters[0])
@@ -247,7 +279,9 @@ class Adapter(nn.Module):
             slots.append({key: value for key, value in moments.items() if not isinstance(value, Tensor)})
             for key, value in moments.items():
                 if isinstance(value, Tensor):
-                    state[f"{prefix}optimizer.{number}.{key}"] = value.detach().clone()
+                    state[f"{prefix}optimizer.{number}.{key}"] = value.detach().clone(
+                        memory_format=torch.contiguous_format
+                    )
         state[prefix + "generator"] = self.generator.get_state()
         text = json.dumps({"method": type(self).__name__, "format": 1, "optimizer": slots})
         state[prefix + self._STATE] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -277,20 +311,18 @@ class Adapter(nn.Module):
         for slot, (parameter, plain) in enumerate(zip(self._optimized(), extra["optimizer"], strict=True)):
             saved = {**plain, **moments.get(slot, {})}
             if saved and self.optimizer:
-                # the step counter lives where the optimizer made it: on the CPU unless the kernel is fused
+                fused = _is_fused(self.optimizer)
                 self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device if key != "step" or _is_fused(self.optimizer) else "cpu", copy=True)
-                    if isinstance(value, Tensor)
-                    else value
+                    key: _beside(parameter, key, value, fused) if isinstance(value, Tensor) else value
                     for key, value in saved.items()
                 }
         for alias, name in self._aliases().items():
             if prefix + name in state_dict:
                 state_dict[prefix + alias] = state_dict[prefix + name]
-        for (name, owner, key), current in self._slots():  # banks whose shape the first batch decides
-            saved_tensor = state_dict.get(prefix + name)
-            if current is None and saved_tensor is not None:
-                owner._buffers[key] = torch.empty_like(saved_tensor, device=self._counters.device)
+        for (name, owner, key), _ in list(self._slots()):
+            if self._source.get(name, name) is None:  # a bank whose shape the first batch decides: now, the saved one
+                bank = state_dict.get(prefix + name)
+                owner._buffers[key] = None if bank is None else torch.empty_like(bank, device=self.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
@@ -323,10 +355,11 @@ class Adapter(nn.Module):
     # ------------------------------------------------------------------ inner workings
 
     def _slots(self) -> Iterator[tuple[tuple[str, nn.Module, str], Tensor | None]]:
-        """Every place of a parameter or buffer, empty and non-persistent ones too, each tensor once."""
+        """Every place of a parameter or buffer, empty and non-persistent buffers too, each tensor once."""
         seen: set[int] = set()
         for path, owner in self.named_modules():
-            for key, value in [*owner._parameters.items(), *owner._buffers.items()]:
+            parameters = [(key, value) for key, value in owner._parameters.items() if value is not None]
+            for key, value in [*parameters, *owner._buffers.items()]:
                 if value is None or id(value) not in seen:
                     seen.add(id(value))
                     yield (f"{path}.{key}" if path else key, owner, key), value
@@ -357,12 +390,16 @@ class Adapter(nn.Module):
         if not parameters:
             raise ValueError(f"{type(self).__name__} found no parameters to adapt in {type(self.model).__name__}.")
         # On a GPU the fused kernels can skip a step by a flag on the device; the plain ones would have to wait for it.
-        fused = parameters[0].device.type == "cuda" or None
+        fused = parameters[0].device.type in self._FUSED_ON or None
         decay = config.weight_decay
         if config.optimizer == "sgd":
-            return torch.optim.SGD(
+            sgd = torch.optim.SGD(
                 parameters, config.lr, config.momentum, weight_decay=decay, nesterov=config.nesterov, fused=fused
             )
+            if fused and config.momentum:  # a first step that is skipped would leave these as uninitialised memory
+                for parameter in parameters:
+                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, config.lr, config.betas, weight_decay=decay, fused=fused)
 
@@ -467,6 +504,13 @@ def own(model: nn.Module, copied: bool) -> nn.Module:
     for parameter in duplicate.parameters():
         parameter.grad = None
     return duplicate
+
+
+def _beside(parameter: Tensor, key: str, value: Tensor, fused: bool) -> Tensor:
+    """A copy of a saved moment, placed and laid out as its parameter."""
+    if key == "step":  # it lives where the optimizer makes it: on the CPU unless the kernel is fused
+        return value.to(parameter.device if fused else "cpu", copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -4,7 +4,7 @@ Which statistics a BatchNorm layer uses belongs to the method. Every function he
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +40,11 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) 
     return found
 
 
+def within(name: str, parts: Iterable[str]) -> bool:
+    """Whether a module's dotted name holds one of the dotted parts: ``model.blocks.9.norm1`` lies within ``blocks.9``."""
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
 def use_batch_statistics(layer: nn.Module) -> None:
     """Make a BatchNorm layer normalise by the statistics of the current batch, in ``train()`` and ``eval()`` alike.
 
@@ -68,7 +73,7 @@ class BlendedBatchNorm(nn.Module):
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError(
                 "A BatchNorm layer of the model has no running statistics (track_running_stats=False): "
-                "there are no source statistics to blend with. Use pure batch statistics instead (alpha=1)."
+                "there are no source statistics to blend with. Use a method that normalises by the batch alone."
             )
         self.layer = layer.eval()
         self.weight = weight
@@ -97,7 +102,37 @@ class BlendedBatchNorm(nn.Module):
         return functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
 
 
-def blend_statistics(model: nn.Module, weight: float) -> None:
+class RobustBatchNorm(BlendedBatchNorm):
+    """A BatchNorm layer that normalises by its stored statistics, and that learns them while it is ``remembering``.
+
+    While it does, a blend with the batch's statistics (biased variance) is what it stores and normalises by, and
+    gradients flow through the batch's share. Statistics are float32.
+
+    Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.remember:
+            return self.layer(x)
+        values = x.float()
+        batch_var, batch_mean = torch.var_mean(values, dim=[d for d in range(x.dim()) if d != 1], correction=0)
+        running_mean, running_var = self.layer.running_mean, self.layer.running_var
+        assert running_mean is not None
+        assert running_var is not None
+        mean = (1 - self.weight) * running_mean + self.weight * batch_mean
+        var = (1 - self.weight) * running_var + self.weight * batch_var
+        with torch.no_grad():
+            finite = mean.isfinite() & var.isfinite()
+            running_mean.copy_(torch.where(finite, mean, running_mean))
+            running_var.copy_(torch.where(finite, var, running_var))
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        normalised = (values - mean.view(shape)) / (var.view(shape) + self.layer.eps).sqrt()
+        # The layer itself scales, shifts and, if it is of such a kind, activates: with statistics that change nothing.
+        plain = {"running_mean": torch.zeros_like(mean), "running_var": torch.ones_like(var) - self.layer.eps}
+        return functional_call(self.layer, plain, (normalised.to(x.dtype),))
+
+
+def blend_statistics(model: nn.Module, weight: float, kind: type[BlendedBatchNorm] = BlendedBatchNorm) -> None:
     """Replace every BatchNorm layer below ``model`` by a :class:`BlendedBatchNorm` with the given batch weight."""
     blended: dict[nn.Module, BlendedBatchNorm] = {}  # a layer used in two places stays one layer
     for parent in list(model.modules()):
@@ -106,7 +141,7 @@ def blend_statistics(model: nn.Module, weight: float) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, _BatchNorm):
                 if child not in blended:
-                    blended[child] = BlendedBatchNorm(child, weight)
+                    blended[child] = kind(child, weight)
                 setattr(parent, name, blended[child])
 
 

@@ -1,0 +1,124 @@
+"""CoTTA: continual test-time adaptation by a weight- and augmentation-averaged teacher."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from tta import augment, memory, norms
+from tta.adapter import Adapter, OptimizerConfig, logits_of, require
+from tta.functional import soft_cross_entropy
+
+
+@dataclass
+class CoTTAConfig(OptimizerConfig):
+    """The defaults are the paper's for CIFAR-10: Adam 1e-3.
+
+    Attributes:
+        mt_alpha: share of itself that the teacher keeps at each step.
+        rst_m: probability that a weight returns to the source after a step.
+        ap: mean confidence of the source model on a batch below which the teacher's predictions are averaged over
+            views. Published: the 5 % quantile on source images, minus 0.05.
+        views: number of augmented views.
+        views_at_once: views that share a forward of the teacher; more is faster on a GPU and takes more memory, the
+            logits are the same.
+        augment: ``"paper"`` (RGB images in [0, 1]), ``"none"``, or from Python a callable that maps a batch to a view
+            of it.
+        symmetric: add the cross-entropy the other way round, half and half, as the ImageNet program does.
+    """
+
+    mt_alpha: float = 0.999
+    rst_m: float = 0.01
+    ap: float = 0.92
+    views: int = 32
+    views_at_once: int = 1
+    augment: Any = "paper"
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
+        require(0 <= self.rst_m <= 1, f"rst_m={self.rst_m}", "a probability in [0, 1]")
+        require(self.views >= 1, f"views={self.views}", "1 or more")
+        require(self.views_at_once >= 1, f"views_at_once={self.views_at_once}", "1 or more")
+        known = augment.is_augmentation(self.augment)
+        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+
+
+class CoTTA(Adapter):
+    """A student learns from a teacher that is its moving average and that averages over views of uncertain batches.
+
+    Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022.
+
+    All parameters called ``weight`` or ``bias`` adapt, in any architecture. Scored are the teacher's logits, which
+    are the student's target, from before the step. The confidence that decides about views is that of the source
+    weights, the anchor, under the batch's statistics. It is one decision a batch, so results depend on how batches are
+    composed; small ones are served badly (BatchNorm layers normalise by the batch).
+    """
+
+    config: CoTTAConfig
+
+    def configure_model(self) -> None:
+        self.model.requires_grad_(False)
+        for _, layer in norms.named_layers(self.model, norms.BATCH_NORMS):
+            norms.use_batch_statistics(layer)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[2] in ("weight", "bias"))
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            have = sorted({name.rpartition(".")[2] for name, _ in self.model.named_parameters()})
+            raise ValueError(
+                f"{type(self.model).__name__} has no parameter called weight or bias, which CoTTA adapts; it has "
+                + (f"{', '.join(have)}." if have else "no parameters at all.")
+            )
+        self.teacher = memory.frozen_copy(self.model)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The teacher's logits on the batch itself, without views."""
+        return logits_of(self.teacher(x))
+
+    def adapt(self, x: Tensor) -> Tensor:
+        config = self.config
+        for _ in range(config.steps):
+            logits = logits_of(self.model(x))
+            with torch.no_grad():
+                target = self._averaged(x) if self._is_uncertain(x) else self.predict(x)
+            loss = soft_cross_entropy(logits, target)
+            if config.symmetric:
+                loss = (loss + soft_cross_entropy(target, logits)) / 2
+            made = self.update(loss.mean())
+            memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
+            self._restore(when=made)
+        return target
+
+    def _is_uncertain(self, x: Tensor) -> bool:
+        """Whether the anchor's mean confidence asks for views. The one answer a batch that a GPU is waited for."""
+        if self.config.augment == "none":  # the average of equal views is the prediction without them
+            return False
+        anchor = logits_of(functional_call(self.model, self.source_tensors(), (x,)))
+        return bool(anchor.softmax(dim=1).amax(dim=1).mean() < self.config.ap)
+
+    def _averaged(self, x: Tensor) -> Tensor:
+        """Mean over the views of the teacher's logits."""
+        view, sums = augment.augmentation(self.config.augment, self.generator), []
+        for start in range(0, self.config.views, self.config.views_at_once):
+            number = min(self.config.views_at_once, self.config.views - start)
+            if number == 1:
+                sums.append(self.predict(view(x)))
+            else:  # vmap: each view keeps batch statistics of its own
+                views = torch.stack([view(x) for _ in range(number)])
+                sums.append(torch.vmap(self.predict)(views).sum(0))
+        return torch.stack(sums).sum(0) / self.config.views
+
+    @torch.no_grad()
+    def _restore(self, when: Tensor) -> None:
+        """Return random single weights to the source; drawn on the device."""
+        if self.config.rst_m == 0:
+            return
+        generator = augment.generator_on(when.device, self.generator)
+        source = self.source_tensors()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                drawn = torch.empty_like(parameter, dtype=torch.bool).bernoulli_(self.config.rst_m, generator=generator)
+                parameter.copy_(torch.where(drawn & when, source[name], parameter))

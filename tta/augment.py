@@ -1,0 +1,175 @@
+"""Batched tensor views for methods that average over augmentations."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LUMA = (0.2989, 0.587, 0.114)
+BLUR = 2  # half the width of the Gaussian kernel, 5 pixels
+NOISE = 0.005
+
+
+class ViewFactors(NamedTuple):
+    """What is drawn for one view: the same for every image of the batch, as in the published code.
+
+    Attributes:
+        order: of the five colour operations (brightness, contrast, saturation, hue, gamma).
+        brightness, contrast, saturation, gamma: factors; 1 changes nothing.
+        hue: shift, as a share of the colour circle; 0 changes nothing.
+        angle: rotation, degrees.
+        shift: translation (x, y), as a share of the image's width and height.
+        scale: of the image; above 1 enlarges.
+        sigma: of the Gaussian blur, pixels.
+        flip: whether to mirror left and right.
+    """
+
+    order: tuple[int, ...] = (0, 1, 2, 3, 4)
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    gamma: float = 1.0
+    angle: float = 0.0
+    shift: tuple[float, float] = (0.0, 0.0)
+    scale: float = 1.0
+    sigma: float = 0.001
+    flip: bool = False
+
+
+def draw_factors(generator: torch.Generator) -> ViewFactors:
+    """Factors of one view, uniform in the published ranges, from a generator on the CPU."""
+    low = (0.6, 0.7, 0.5, -0.06, 0.7, -15.0, -1 / 8, -1 / 8, 0.9, 0.001)
+    high = (1.4, 1.3, 1.5, 0.06, 1.3, 15.0, 1 / 8, 1 / 8, 1.1, 0.5)
+    share = torch.rand(len(low) + 1, generator=generator, dtype=torch.float64).tolist()
+    values = [a + (b - a) * r for a, b, r in zip(low, high, share[:-1], strict=True)]
+    brightness, contrast, saturation, hue, gamma, angle, x, y, scale, sigma = values
+    order = tuple(torch.randperm(5, generator=generator).tolist())
+    return ViewFactors(
+        order, brightness, contrast, saturation, hue, gamma, angle, (x, y), scale, sigma, share[-1] < 0.5
+    )
+
+
+def paper_view(images: Tensor, factors: ViewFactors) -> Tensor:
+    """A view of a batch as CoTTA and RoTTA make it, before its noise: colours, affine map, blur, flip.
+
+    Equal to the published pipeline (colour jitter, edge padding by half the size, affine map, blur, centre crop, flip),
+    without the padding: the crop sees only pixels that a sampler which repeats the edge gives as well.
+
+    Args:
+        images: (batch, 3, height, width) in [0, 1], floating point; values outside are clipped.
+        factors: see :func:`draw_factors`.
+
+    Returns:
+        As ``images``.
+
+    Raises:
+        ValueError: the images are not RGB.
+    """
+    if images.shape[1] != 3:
+        raise ValueError(
+            f"The paper's augmentation changes colours and needs 3 channels; the images have {images.shape[1]}. "
+            "Pass augment='none' or a callable of your own."
+        )
+    x = images.clamp(0, 1).contiguous()
+    jitter = (
+        lambda x: (x * factors.brightness).clamp_(0, 1),
+        lambda x: x.lerp(_grey(x).mean((1, 2, 3), keepdim=True), 1 - factors.contrast).clamp_(0, 1),
+        lambda x: x.lerp(_grey(x), 1 - factors.saturation).clamp_(0, 1),
+        lambda x: shift_hue(x, factors.hue),
+        lambda x: x.clamp(min=1e-8).pow_(factors.gamma),
+    )
+    for operation in factors.order:
+        x = jitter[operation](x)
+    x = _blurred(_warped(x, factors), factors.sigma)
+    return x.flip(3) if factors.flip else x
+
+
+def shift_hue(images: Tensor, share: float) -> Tensor:
+    """Turn the colours (HSV) of RGB images in [0, 1] by a share of the circle."""
+    red, green, blue = images.unbind(1)
+    value, smallest = images.amax(1), images.amin(1)
+    chroma = value - smallest
+    inverse = 1 / torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(
+        value == red,
+        (green - blue) * inverse,
+        torch.where(value == green, (blue - red) * inverse + 2, (red - green) * inverse + 4),
+    )  # in sixths of the circle
+    turned = hue + 6 * share
+    # Each channel falls from value to value - chroma as the hue leaves its third of the circle.
+    channels = []
+    for offset in (5, 3, 1):
+        k = (turned + offset).remainder_(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def _warped(images: Tensor, factors: ViewFactors) -> Tensor:
+    """Rotate, shift and scale about the centre; a margin for the blur is added on each side."""
+    batch, channels, height, width = images.shape
+    angle = math.radians(factors.angle)
+    cos, sin = math.cos(angle) / factors.scale, math.sin(angle) / factors.scale
+    options = {"dtype": images.dtype, "device": images.device}
+    # whole pixels, as published; of the padded image, which is twice as large, a sixteenth
+    x = torch.arange(width + 2 * BLUR, **options) - (BLUR + (width - 1) / 2 + round(factors.shift[0] * width))
+    y = torch.arange(height + 2 * BLUR, **options) - (BLUR + (height - 1) / 2 + round(factors.shift[1] * height))
+    y = y[:, None]
+    grid = torch.stack(((cos * x + sin * y) * (2 / width), (cos * y - sin * x) * (2 / height)), dim=-1)
+    # One map for all images: they are channels of one image, and the sampler computes its weights once.
+    together = images.reshape(1, batch * channels, height, width)
+    warped = F.grid_sample(together, grid[None], mode="bilinear", padding_mode="border", align_corners=False)
+    return warped.reshape(batch, channels, *warped.shape[2:])
+
+
+def _blurred(images: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of 5 by 5 pixels; the margin of 2 pixels on each side is used up."""
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-BLUR, BLUR + 1)]
+    weights = [weight / sum(weights) for weight in weights]
+    for dim in (2, 3):
+        size = images.shape[dim] - 2 * BLUR
+        blurred = images.narrow(dim, 0, size) * weights[0]
+        for start, weight in enumerate(weights[1:], start=1):
+            blurred.add_(images.narrow(dim, start, size), alpha=weight)
+        images = blurred
+    return images
+
+
+def augmentation(choice: Any, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A function that makes one random view of a batch.
+
+    Args:
+        choice: ``"paper"``, ``"none"`` (the batch itself), or a callable on a batch.
+        generator: on the CPU; all that ``"paper"`` draws comes from it. The noise is drawn where the images are, by a
+            generator seeded from this one, so that a GPU is neither waited for nor sent an image of noise.
+    """
+    if choice == "none":
+        return lambda images: images
+    if choice != "paper":
+        return choice
+
+    def view(images: Tensor) -> Tensor:
+        view = paper_view(images, draw_factors(generator))
+        noise = torch.empty_like(view).normal_(0, NOISE, generator=generator_on(images.device, generator))
+        return view.add_(noise).clamp_(0, 1)
+
+    return view
+
+
+def is_augmentation(choice: Any) -> bool:
+    """Whether :func:`augmentation` takes this choice."""
+    return callable(choice) or choice in ("paper", "none")
+
+
+def generator_on(device: torch.device, seeded_by: torch.Generator) -> torch.Generator:
+    """A generator of random numbers on a device, seeded by a draw of another one, on the CPU, whose state is saved."""
+    seed = torch.randint(2**62, (), generator=seeded_by)
+    return torch.Generator(device).manual_seed(int(seed))

@@ -1,0 +1,138 @@
+"""What a method remembers: averaged copies of the model, banks of samples. All of it is part of the saved state."""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model, in its present state, whose parameters get no gradient: a teacher to begin with."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, share: float, when: Tensor) -> None:
+    """Move the teacher towards the student: ``teacher = (1 - share) * teacher + share * student``.
+
+    Only parameters that the student learns move, never buffers: the others are the same in both.
+
+    Args:
+        teacher: a :func:`frozen_copy` of the student.
+        student: what it was copied from.
+        share: of the student, in [0, 1].
+        when: boolean scalar, may lie on a GPU; the teacher stays where it is if false.
+    """
+    weight = share * when.float()
+    for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
+        if parameter.requires_grad:
+            average.lerp_(parameter, weight.to(average.dtype))
+
+
+class BalancedMemory(nn.Module):
+    """A bank of samples, balanced over predicted classes, that prefers young and certain ones.
+
+    A class may fill its equal share of the bank; what a full bank gives up belongs to the largest classes, what a full
+    class gives up is its own. It is the sample with the highest score ``lambda_t / (1 + exp(-age / capacity)) +
+    lambda_u * uncertainty / ln(classes)``, and only if that is above the newcomer's; among equals the last in the
+    order of class, then arrival. Ages count the samples offered since, taken or not.
+
+    Samples lie on the adapter's device, the books on the CPU, wherever the adapter goes: a decision depends on the one
+    before, and a GPU would be waited for at each.
+
+    Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023.
+
+    Args:
+        capacity: number of samples.
+        lambda_t: weight of age in the score.
+        lambda_u: weight of uncertainty in the score.
+    """
+
+    labels: Tensor  # predicted class of each slot, -1 in an empty one
+    uncertainties: Tensor
+    ages: Tensor
+    offered: Tensor  # number of samples so far
+    samples: Tensor | None  # (capacity, ...); the first batch, or a loaded state, decides the shape
+
+    def __init__(self, capacity: int, lambda_t: float, lambda_u: float) -> None:
+        super().__init__()
+        self.lambda_t, self.lambda_u = lambda_t, lambda_u
+        self.register_buffer("labels", torch.full((capacity,), -1))
+        self.register_buffer("uncertainties", torch.zeros(capacity))
+        self.register_buffer("ages", torch.zeros(capacity, dtype=torch.int64))
+        self.register_buffer("offered", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("samples", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BalancedMemory":
+        """Move the samples, never the books."""
+        if self.samples is not None:
+            self.samples = fn(self.samples)
+        return self
+
+    def __len__(self) -> int:
+        return int((self.labels >= 0).sum())
+
+    def add(self, samples: Tensor, labels: Tensor, uncertainties: Tensor, classes: int) -> None:
+        """Offer samples in order, each by the rule above.
+
+        Args:
+            samples: (batch, ...).
+            labels: (batch,) predicted classes, on the CPU.
+            uncertainties: (batch,) entropies, nats, on the CPU.
+            classes: number of classes, 2 or more.
+        """
+        capacity, now = len(self.labels), 0
+        books = zip(self.labels.tolist(), self.uncertainties.tolist(), self.ages.tolist(), strict=True)
+        slots = {slot: (label, doubt, -age) for slot, (label, doubt, age) in enumerate(books) if label >= 0}
+        free = [slot for slot in reversed(range(capacity)) if slot not in slots]
+        count = Counter(label for label, _, _ in slots.values())
+        newcomers: dict[int, int] = {}  # slot -> row of the batch
+
+        def score(age: int, doubt: float) -> float:
+            return self.lambda_t / (1 + math.exp(-age / capacity)) + self.lambda_u * doubt / math.log(classes)
+
+        def rank(slot: int) -> tuple[float, int, int]:
+            label, doubt, arrived = slots[slot]
+            return score(now - arrived, doubt), label, arrived
+
+        for now, (label, doubt) in enumerate(zip(labels.tolist(), uncertainties.tolist(), strict=True)):
+            if count[label] >= capacity / classes:
+                rivals = [slot for slot, (other, _, _) in slots.items() if other == label]
+            elif free:
+                rivals = []
+            else:
+                largest = max(count.values())
+                rivals = [slot for slot, (other, _, _) in slots.items() if count[other] == largest]
+            if rivals:
+                worst = max(rivals, key=rank)
+                if rank(worst)[0] <= score(0, doubt):
+                    continue
+                free.append(worst)
+                count[slots.pop(worst)[0]] -= 1
+            slot = free.pop()
+            slots[slot] = (label, doubt, now)
+            count[label] += 1
+            newcomers[slot] = now
+
+        if self.samples is None:
+            self.samples = samples.new_zeros(capacity, *samples.shape[1:])
+        rows = torch.tensor([list(newcomers.keys()), list(newcomers.values())], dtype=torch.int64).to(samples.device)
+        self.samples[rows[0]] = samples[rows[1]]
+        self.offered += len(labels)
+        self.labels.fill_(-1)
+        taken = torch.tensor(list(slots), dtype=torch.int64)
+        self.labels[taken] = torch.tensor([label for label, _, _ in slots.values()])
+        self.uncertainties[taken] = torch.tensor([doubt for _, doubt, _ in slots.values()])
+        self.ages[taken] = torch.tensor([len(labels) - arrived for _, _, arrived in slots.values()])
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """The samples, in order of class and then arrival, and their ages, at least 1 and float32; both on the device."""
+        assert self.samples is not None, "contents() of a memory that was never offered a sample"
+        books = zip(self.labels.tolist(), self.ages.tolist(), strict=True)
+        order = sorted((label, -age, slot) for slot, (label, age) in enumerate(books) if label >= 0)
+        slots = torch.tensor([slot for _, _, slot in order])
+        device = self.samples.device
+        return self.samples[slots.to(device)], self.ages[slots].float().to(device)
