@@ -1,5 +1,7 @@
 """Parity: the same settings give the logits that the papers' released code computed."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,13 +14,20 @@ ROWS = {
     "tent": ("cnn", "tent", {"optimizer": "adam", "lr": 5e-3}, "never"),
     "tent_steps3": ("cnn", "tent", {"optimizer": "adam", "lr": 5e-3, "steps": 3}, "never"),
     "tent_episodic": ("cnn", "tent", {"optimizer": "adam", "lr": 1e-2, "steps": 2}, "batch"),
+    "eata": (
+        "cnn",
+        "eata",
+        {"optimizer": "sgd", "lr": 0.05, "e_margin": 0.4 * math.log(10), "d_margin": 0.4, "fisher_alpha": 1.0},
+        "never",
+    ),
 }
+LARGEST = {}  # the largest difference allowed, where it is not 5e-4
 
 
 @pytest.mark.parametrize("key", ROWS)
-def test_logits_equal_the_released_code(key, request, golden_images, golden_logits):
+def test_logits_equal_the_released_code(key, request, golden_images, golden_source, golden_logits):
     model, method, hparams, reset = ROWS[key]
-    adapter = tta.adapt(request.getfixturevalue(model), method, **hparams)
+    adapter = tta.adapt(request.getfixturevalue(model), method, source=golden_source, **hparams)
     parts = []
     for batch in golden_images.split(64):
         if reset == "batch":
@@ -28,4 +37,4 @@ def test_logits_equal_the_released_code(key, request, golden_images, golden_logi
     difference = (ours - theirs).abs()
     assert (ours.argmax(1) == theirs.argmax(1)).float().mean() >= 0.995
     assert difference.median() < 1e-4
-    assert difference.max() < 5e-4
+    assert difference.max() < LARGEST.get(key, 5e-4)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from tta import fingerprint
+from tta.functional import logits_of
+from tta.source import BATCH_SIZE, EXPECTED, Known, Need, Source, known_from
 
 
 @dataclass
@@ -76,18 +78,21 @@ class Adapter(nn.Module):
         model: any module that maps images (batch, channels, height, width) to logits (batch, classes), or to an object
             with ``.logits``. It is copied and put into ``eval()`` mode; the caller's object is never changed.
         config: hyper-parameters; the method's defaults if left out.
+        source: what the method may know of the source domain, see :func:`tta.adapt`; unused by a method that needs none.
         copy: ``False`` adapts the caller's own module in place and saves the memory of the copy.
 
     Raises:
         TypeError: ``model`` is not a module that can be adapted; the message says what to pass.
-        ValueError: the model lacks the layers that the method adapts.
+        ValueError: the model lacks the layers that the method adapts, or ``source`` is missing or does not fit.
     """
 
     config: Config
-    scored_forward: ClassVar[str] = "before"  # whether the logits returned precede the batch's update, or follow it
+    scored_forward: str = "before"  # whether the logits returned precede the batch's update, or follow it
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors
 
-    def __init__(self, model: nn.Module, config: Config | None = None, *, copy: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config | None = None, *, source: Source | None = None, copy: bool = True
+    ) -> None:
         super().__init__()
         self.config = config if config is not None else config_class(type(self))()
         with torch.inference_mode(False), torch.enable_grad():
@@ -103,12 +108,20 @@ class Adapter(nn.Module):
             self._input_is_finite: Tensor | None = None
             self._paused = False
             self._warned = False
+            self.source_statistics: list[dict[str, Any]] = []  # for the manifest: what the method knows of the source
+            self.known = self._look_up(source)  # one entry a need; a method keeps what it wants of them in buffers
             self.configure_model()
+            self.known = []
             self.optimizer = self._new_optimizer()
             self._source = {key: None if value is None else value.detach().clone() for key, value in self._tensors()}
             self.generator.manual_seed(0)
 
     # ------------------------------------------------------------------ what a method defines
+
+    @classmethod
+    def source_needs(cls, model: nn.Module, config: Any) -> list[Need]:
+        """What the method must know of the source domain; ``configure_model`` finds it in ``self.known``, in this order."""
+        return []
 
     def configure_model(self) -> None:
         """Choose, once, which modules use batch statistics, what may change, which copies and banks are kept."""
@@ -128,8 +141,12 @@ class Adapter(nn.Module):
         """Logits as the adapter would predict now, learning nothing and changing no state; (batch, classes) float32."""
         return logits_of(self.model(x))
 
-    def update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor, when: Tensor | None = None) -> None:
         """One optimizer step down ``loss``.
+
+        Args:
+            loss: a scalar.
+            when: a boolean scalar; where it is false, weights and moments stay as they were. On a GPU nothing waits for it.
 
         A step whose loss or gradient is not finite is skipped and counted in :attr:`skipped_updates`: weights and
         optimizer moments stay as they were.
@@ -137,6 +154,8 @@ class Adapter(nn.Module):
         optimizer = self.optimizer
         assert optimizer is not None, "update() needs parameters to adapt and a config that extends OptimizerConfig"
         optimizer.zero_grad(set_to_none=True)
+        if when is not None and when.device.type == "cpu" and not when:
+            return
         if loss.requires_grad:
             loss.backward()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -148,7 +167,8 @@ class Adapter(nn.Module):
                 if finite:
                     optimizer.step()
             else:  # the fused kernels read the flag on the device: nothing waits for it
-                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                step = finite if when is None else finite & when
+                optimizer.found_inf = (~step).float()  # type: ignore[attr-defined]
                 optimizer.step()
             self._counters[0] += ~finite
         optimizer.zero_grad(set_to_none=True)
@@ -322,6 +342,20 @@ class Adapter(nn.Module):
 
     # ------------------------------------------------------------------ inner workings
 
+    def _look_up(self, source: Source | None) -> list[Known]:
+        needs = self.source_needs(self.model, self.config)
+        if not needs:
+            return []
+        if source is None:
+            raise ValueError(
+                f"{type(self).__name__} needs to know the source domain ({', '.join(need.kind for need in needs)}). "
+                f"Pass source=: {EXPECTED}."
+            )
+        batch_size = getattr(self.config, "source_batch_size", BATCH_SIZE)
+        statistics = known_from(source, self.model, self.source_fingerprint, needs, batch_size)
+        self.source_statistics = statistics.describe()
+        return [entry.known for entry in statistics.entries]
+
     def _slots(self) -> Iterator[tuple[tuple[str, nn.Module, str], Tensor | None]]:
         """Every place of a parameter or buffer, empty and non-persistent ones too, each tensor once."""
         seen: set[int] = set()
@@ -405,24 +439,6 @@ class Adapter(nn.Module):
 def config_class(method: type[Adapter]) -> type[Config]:
     """The dataclass that a method names with its annotation ``config: MyConfig``."""
     return get_type_hints(method)["config"]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits (batch, classes), float32, in what a model returned: the tensor itself or its ``.logits``.
-
-    Raises:
-        TypeError: neither a tensor nor an object with ``.logits``.
-        ValueError: not one row of logits per image.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"The model returned {type(output).__name__}; expected logits (batch, classes) or an object with .logits. "
-            "Wrap the model in a module whose forward returns the logits."
-        )
-    if logits.dim() != 2:
-        raise ValueError(f"The model returned a tensor of shape {tuple(logits.shape)}; expected (batch, classes).")
-    return logits.float()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
