@@ -19,6 +19,7 @@ VARIANTS = [
     ("tent", {"optimizer": "sgd", "lr": 0.05}),
     ("tent", {"steps": 3, "optimizer": "adamw"}),
     ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
+    ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
 ]
 MODELS = {}  # the fixture of the source model, where it is not the CNN
 CASES = [*((name, {}) for name in tta.list_methods()), *VARIANTS]

@@ -7,6 +7,7 @@ import torch
 
 import tta
 
+ACTMAD = {"optimizer": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 ROWS = {
     "source": ("cnn", "source", {}, "never"),
     "source_vit": ("vit", "source", {}, "never"),
@@ -20,8 +21,10 @@ ROWS = {
         {"optimizer": "sgd", "lr": 0.05, "e_margin": 0.4 * math.log(10), "d_margin": 0.4, "fisher_alpha": 1.0},
         "never",
     ),
+    "actmad": ("cnn", "actmad", ACTMAD, "never"),
+    "actmad_after": ("cnn", "actmad", {**ACTMAD, "score": "after"}, "never"),
 }
-LARGEST = {}  # the largest difference allowed, where it is not 5e-4
+LARGEST = {"actmad": 0.1, "actmad_after": 0.1}  # the largest difference allowed, where it is not 5e-4
 
 
 @pytest.mark.parametrize("key", ROWS)

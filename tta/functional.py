@@ -87,11 +87,6 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance over the batch, at every location: (batch, ...) -> (...), (...), float32.
-
-    The deviations are formed first: ``torch.var`` would keep ``x`` itself for the backward pass, and an in-place ReLU
-    that follows would spoil it.
-    """
+    """Mean and unbiased variance over the batch, at every location: (batch, ...) -> (...), (...), float32."""
     x = x.float()
-    mean = x.mean(0)
-    return mean, (x - mean).square().sum(0) / (len(x) - 1)
+    return x.mean(0), x.var(0)

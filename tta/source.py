@@ -178,7 +178,8 @@ KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
 
 def layer_moments(x: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
     """:func:`~tta.functional.batch_moments` of a layer's output, or of what a ReLU makes of it."""
-    return batch_moments(x.relu() if rectified else x)
+    # a copy: the variance's backward pass needs the values that an in-place ReLU behind the layer is about to overwrite
+    return batch_moments(x.relu() if rectified else x.clone())
 
 
 def _features(model: nn.Module, need: Need, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,8 +333,8 @@ class SourceStatistics:
             if not need.differences(entry.need):
                 return entry
         if same_kind:
-            differences = [need.differences(entry.need) for entry in same_kind]
-            reason = "; ".join(min(differences, key=lambda found: len(found)))
+            nearest: list[str] = min((need.differences(entry.need) for entry in same_kind), key=len)
+            reason = "; ".join(nearest)
         else:
             reason = f"they hold {', '.join(sorted({entry.need.kind for entry in self.entries})) or 'nothing'}"
         raise ValueError(
