@@ -130,10 +130,10 @@ class ActMAD(Adapter):
     def configure_model(self) -> None:
         self.scored_forward = self.config.score
         (need,), (known,) = self.source_needs(self.model, self.config), self.known
-        self.alignment = ActivationAlignment(need, known).to(self.device)
+        self.alignment = ActivationAlignment(need, known)
         self.model.requires_grad_(True)
         parameters = list(self.model.parameters())
-        probe = torch.zeros(2, *self.alignment.image_shape, device=parameters[0].device)
+        probe = torch.zeros(2, *self.alignment.image_shape, device=self.device)
         _, loss = self.alignment(self.model, probe)
         reached = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, reached, strict=True):

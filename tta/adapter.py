@@ -101,7 +101,8 @@ class Adapter(nn.Module):
             self.model.eval()
             self.generator = torch.Generator()
             self._counters: Tensor  # updates skipped, non-finite batches not yet reported
-            self.register_buffer("_counters", torch.zeros(2, dtype=torch.int64))
+            device = next((parameter.device for parameter in self.model.parameters()), None)
+            self.register_buffer("_counters", torch.zeros(2, dtype=torch.int64, device=device))
             self._counters_seen = torch.zeros(
                 2, dtype=torch.int64
             )  # a GPU's counters as last heard of, never waited for
@@ -354,7 +355,7 @@ class Adapter(nn.Module):
         batch_size = getattr(self.config, "source_batch_size", BATCH_SIZE)
         statistics = known_from(source, self.model, self.source_fingerprint, needs, batch_size)
         self.source_statistics = statistics.describe()
-        return [entry.known for entry in statistics.entries]
+        return [{name: v.to(self.device) for name, v in entry.known.items()} for entry in statistics.entries]
 
     def _slots(self) -> Iterator[tuple[tuple[str, nn.Module, str], Tensor | None]]:
         """Every place of a parameter or buffer, empty and non-persistent ones too, each tensor once."""

@@ -111,10 +111,12 @@ def vision_transformer(model: nn.Module) -> nn.Module:
         # rotary embeddings are laid out for a fixed number of tokens
         if all(hasattr(module, part) for part in TOKEN_PARTS) and getattr(module, "rope", None) is None:
             return module
-    kinds = [type(module).__name__ for module in (model, *model.children())]
+    found = [model]
+    while len(children := list(found[-1].children())) == 1:  # look into wrappers
+        found += children
     raise ValueError(
         f"Looked for a timm VisionTransformer (a module with {', '.join(TOKEN_PARTS)}, without rotary embeddings), whose "
-        f"tokens prompts can join; found {' > '.join(dict.fromkeys(kinds))}."
+        f"tokens prompts can join; found {' > '.join(type(module).__name__ for module in found)}."
     )
 
 
