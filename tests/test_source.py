@@ -1,6 +1,7 @@
 """What a method may know of the source domain: recorded once, saved, checked on use. And the taps it is recorded with."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -9,9 +10,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.functional import to_pil_image
 
 import tta
 from tta import taps
+from tta.cli import main
+from tta.datasets import catalog
 from tta.methods import source_needs
 from tta.source import Need, SourceStatistics
 
@@ -253,3 +257,71 @@ def test_layers_are_chosen_by_pattern_from_any_dot_on():
     assert taps.select(names, ["bn1"]) == [names[0], names[1], names[3]]
     with pytest.raises(ValueError, match=r"No layer matches 'layer9\.\*'. There are: model\.bn1"):
         taps.select(names, ["bn1", "layer9.*"])
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def result_of(folder, method):
+    (file,) = folder.rglob(f"{method}/result.json")
+    return json.loads(file.read_text())
+
+
+def test_run_gives_methods_the_source_images_of_the_stream(tmp_path, capsys):
+    words = ["digits-c", "eata", "corruptions=[fog]", "samples=100", "severity=3"]
+    assert main(["run", *words, "--out", str(tmp_path)]) == 0
+    (entry,) = result_of(tmp_path, "eata")["manifest"]["source_statistics"]
+    assert (entry["kind"], entry["images"]) == ("fisher", 997)
+
+
+def test_recorded_statistics_stand_in_for_the_images(tmp_path, capsys):
+    file, words = str(tmp_path / "new" / "source.safetensors"), ["eata", "actmad", "eata.lr=0.01"]
+    assert main(["source", "digits-cnn", "digits-c", *words, "-o", file]) == 0
+    assert {entry.need.kind for entry in SourceStatistics.load(file).entries} == {"fisher", "activation_moments"}
+    words = ["digits-c", *words, "corruptions=[fog]", "samples=100"]
+    assert main(["run", *words, "--out", str(tmp_path / "images")]) == 0
+    assert main(["run", *words, f"source={file}", "--out", str(tmp_path / "file")]) == 0
+    for method in ("eata", "actmad"):
+        with_images, with_file = (result_of(tmp_path / kind, method) for kind in ("images", "file"))
+        assert with_images["errors"] == with_file["errors"]
+        assert with_images["manifest"]["source_statistics"] == with_file["manifest"]["source_statistics"]
+
+
+def test_a_folder_of_images_is_a_source(tmp_path, capsys):
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(6):
+            pixels = torch.randint(0, 256, (3, 48, 40), dtype=torch.uint8)
+            to_pil_image(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    file = tmp_path / "source.safetensors"
+    assert main(["source", "digits-vit", str(tmp_path / "images"), "dpcore", "-o", str(file)]) == 0
+    assert SourceStatistics.load(file).entries[0].images == 12
+    words = ["digits-c", "eata", f"source={tmp_path / 'images'}", "corruptions=[fog]", "samples=100"]
+    assert main(["run", *words, "--out", str(tmp_path)]) == 0
+    first = [catalog.source_images(str(tmp_path / "images"), (32, 32))[i] for i in range(6)]
+    assert first[0][0].shape == (3, 32, 32)
+    assert {label for _, label in first} == {0, 1}
+    assert catalog.source_images(str(tmp_path / "images"), (48, 40))[0][0].shape == (3, 48, 40)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digits-cnn", "digits-c", "tent"], "Nothing to record: tent need not know the source domain"),
+        (["digits-cnn", "nowhere", "eata"], "No folder of images or stream 'nowhere'"),
+        (["digits-cnn", "digits-c", "eata", "severity=3"], "'severity' is a setting of a stream"),
+        (["digits-cnn", "digits-c", "dpcore"], "Looked for a timm VisionTransformer"),
+    ],
+)
+def test_what_cannot_be_recorded_is_a_usage_error(words, message, tmp_path, capsys):
+    assert main(["source", *words, "-o", str(tmp_path / "file")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_run_without_source_says_what_to_give(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("tta.datasets.digits_c.source_images")
+    assert main(["run", "digits-c", "eata", "--out", str(tmp_path)]) == 2
+    assert "Stream 'digits-c' offers no source images. Name a folder of images, or stat" in capsys.readouterr().err
+    assert main(["run", "digits-c", "eata", "source=nowhere", "--out", str(tmp_path)]) == 2
+    assert "No source statistics at 'nowhere'" in capsys.readouterr().err
