@@ -2,11 +2,16 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from tta.datasets.stream import DatasetImages, Domain, Stream
 
@@ -71,6 +76,39 @@ def stream(
         reset=PROTOCOLS[protocol][0],
         settings=settings,
     )
+
+
+def source_images(name: str, size: Sequence[int] | None = None) -> Tensor | Dataset[Any]:
+    """Clean images of the source domain, for :meth:`tta.SourceStatistics.record` and ``source=``.
+
+    Args:
+        name: a stream (the images its source models were trained on), or a folder ``CLASS/IMAGE`` as
+            ``torchvision.datasets.ImageFolder`` reads it; its order is shuffled once and for all, so that the first so
+            many images are of all classes.
+        size: height and width of the model's input. A folder's images of another size are resized to 8/7 of it along
+            their shorter side and cropped. Left out: they stay as they are.
+
+    Raises:
+        ValueError: the stream offers no source images, or there is neither such a stream nor such a folder.
+    """
+    if name in STREAMS:
+        make = getattr(import_module(f"tta.datasets.{STREAMS[name][0]}"), "source_images", None)
+        if make is None:
+            raise ValueError(
+                f"Stream '{name}' offers no source images. Name a folder of images, or statistics saved by `tta source`."
+            )
+        return make()
+    if not Path(name).is_dir():
+        raise ValueError(_unknown("folder of images or stream", name, STREAMS))
+    folder = ImageFolder(name, lambda image: _fitted(image, size))
+    return Subset(folder, torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist())
+
+
+def _fitted(image: Any, size: Sequence[int] | None) -> Tensor:
+    pixels = transforms.functional.pil_to_tensor(image)
+    if size is None or pixels.shape[1:] == tuple(size):
+        return pixels
+    return transforms.functional.center_crop(transforms.functional.resize(pixels, [max(size) * 8 // 7]), list(size))
 
 
 def stream_settings(name: str) -> list[str]:

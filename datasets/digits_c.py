@@ -2,9 +2,16 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from tta.datasets import digits
 from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS
 from tta.datasets.stream import CorruptedImages
+
+
+def source_images() -> Tensor:
+    """The clean digits that the embedded source models were trained on: (997, 3, 32, 32), uint8."""
+    return digits.split("train")[0]
 
 
 def domains(

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from tta import config
-from tta.adapter import Adapter, config_class
+from tta.adapter import Adapter, Config, config_class
+from tta.source import Need, Source
 
 ENTRY_POINTS = "tta.methods"
 
@@ -45,6 +46,7 @@ def adapt(
     model: nn.Module,
     method: str | type[Adapter],
     *,
+    source: Source | None = None,
     preset: str | Mapping[str, Any] | None = None,
     copy: bool = True,
     **hparams: Any,
@@ -54,6 +56,9 @@ def adapt(
     Args:
         model: maps images (batch, channels, height, width) to logits (batch, classes). It is copied, never changed.
         method: a name of :func:`available`, or an ``Adapter`` subclass of your own.
+        source: what the method may know of the source domain: a tensor or dataset of images (split in order into
+            batches of ``source_batch_size``), an iterable of batches (they keep their size; labels are ignored), a
+            :class:`tta.SourceStatistics`, or the path of a saved one. A method that needs none does not look at it.
         preset: name of a benchmark whose published settings to start from (``"cifar10-c"``), or the settings.
         copy: ``False`` adapts the caller's own module in place.
         hparams: hyper-parameters of the method, over the preset.
@@ -63,7 +68,7 @@ def adapt(
 
     Raises:
         ConfigError: an unknown method, preset or hyper-parameter, or a value that does not fit.
-        ValueError: the model lacks the layers that the method adapts.
+        ValueError: the model lacks the layers that the method adapts, or ``source`` is missing or does not fit.
 
     Example:
         >>> import torch, tta
@@ -71,11 +76,29 @@ def adapt(
         >>> adapter(torch.rand(8, 3, 32, 32)).shape
         torch.Size([8, 10])
     """
+    kind, settings = _configured(method, preset, hparams)
+    return kind(model, settings, source=source, copy=copy)
+
+
+def source_needs(
+    model: nn.Module, method: str | type[Adapter], *, preset: str | Mapping[str, Any] | None = None, **hparams: Any
+) -> list[Need]:
+    """What a method must know of the source domain of this model, for :meth:`tta.SourceStatistics.record`.
+
+    Args and errors are those of :func:`adapt`.
+    """
+    kind, settings = _configured(method, preset, hparams)
+    return kind.source_needs(model, settings)
+
+
+def _configured(
+    method: str | type[Adapter], preset: str | Mapping[str, Any] | None, hparams: Mapping[str, Any]
+) -> tuple[type[Adapter], Config]:
     kind = find(method) if isinstance(method, str) else method
     if not (inspect.isclass(kind) and issubclass(kind, Adapter)):
         raise TypeError(f"method is the name of a method or a subclass of tta.Adapter; got {method!r}.")
     settings = config.preset(kind.__module__.rpartition(".")[2], preset) if isinstance(preset, str) else preset or {}
-    return kind(model, config.build(config_class(kind), settings, hparams), copy=copy)
+    return kind, config.build(config_class(kind), settings, hparams)
 
 
 def name_of(kind: type[Adapter]) -> str:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tta import augment, memory, norms
-from tta.adapter import Adapter, OptimizerConfig, logits_of, require
-from tta.functional import soft_cross_entropy
+from tta.adapter import Adapter, OptimizerConfig, require
+from tta.functional import logits_of, soft_cross_entropy
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta import norms, sharpness
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import entropy, mean_where
+from tta.functional import entropy, masked_mean, reliable
 
 TOP = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm")
 
@@ -76,14 +76,14 @@ class SAR(Adapter):
             logits = self.predict(x)
             margin = _or(self.config.margin_e0, 0.4 * math.log(logits.shape[1]))
             entropies = entropy(logits)
-            reliable = entropies < margin
-            gradients = torch.autograd.grad(mean_where(entropies, reliable), parameters, allow_unused=True)
+            chosen = reliable(entropies, margin)
+            gradients = torch.autograd.grad(masked_mean(entropies, chosen), parameters, allow_unused=True)
             with sharpness.perturbed(parameters, gradients, self.config.rho):
                 entropies = entropy(self.predict(x))
-                reliable = reliable & (entropies < margin)
-                loss = mean_where(entropies, reliable)
+                chosen = chosen & reliable(entropies, margin)
+                loss = masked_mean(entropies, chosen)
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            made = self.update(loss, gradients=gradients, only_if=reliable.any())
+            made = self.update(loss, gradients=gradients, when=chosen.any())
             self._recover(loss.detach(), made, _or(self.config.reset_constant, 0.2 * math.log(logits.shape[1], 1000)))
         return logits
 

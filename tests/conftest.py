@@ -69,6 +69,13 @@ def golden_images() -> Tensor:
 
 
 @pytest.fixture(scope="session")
+def golden_source() -> Tensor:
+    """The source models' training images, (512, 3, 32, 32) float32 in [0, 1]."""
+    grey = torch.from_numpy(np.load(GOLDEN / "stream.npz")["source_images"])
+    return grey[:, None].repeat(1, 3, 1, 1).float() / 255
+
+
+@pytest.fixture(scope="session")
 def golden_labels() -> Tensor:
     return torch.from_numpy(np.load(GOLDEN / "stream.npz")["labels"]).long()
 

@@ -24,9 +24,15 @@ VARIANTS = [
     ("cotta", {"ap": 1.0, "views": 3, "views_at_once": 2, "optimizer": "sgd", "symmetric": True}),
     ("rotta", {"memory_size": 8, "update_frequency": 5, "nu": 0.5, "alpha": 0.3}),
     ("rotta", {"update_frequency": 40, "augment": "none", "steps": 2, "optimizer": "adamw"}),
+    ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
+    ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
+    ("dpcore", {"steps_new": 2, "rho": 1.1, "capacity": 2}),
 ]
-# What of a method's defaults is too slow to be run a hundred times.
-QUICK = {"cotta": {"views": 3}}
+MODELS = {"dpcore": "vit"}  # the fixture of the source model, where it is not the CNN
+QUICK = {
+    "cotta": {"views": 3},
+    "dpcore": {"steps_new": 3},
+}  # what of the defaults is too slow to be run a hundred times
 CASES = [*((name, QUICK.get(name, {})) for name in tta.list_methods()), *VARIANTS]
 
 
@@ -36,10 +42,15 @@ def case(request):
 
 
 @pytest.fixture
-def make(case, cnn):
-    """Build a fresh adapter of the case."""
+def model(case, request):
+    return request.getfixturevalue(MODELS.get(case[0], "cnn"))
+
+
+@pytest.fixture
+def make(case, model, golden_source):
+    """Build a fresh adapter of the case; source images are there for the methods that need them."""
     method, hparams = case
-    return lambda: tta.adapt(cnn, method, **hparams)
+    return lambda: tta.adapt(model, method, source=golden_source[: 2 * BATCH], **hparams)
 
 
 @pytest.fixture
@@ -152,15 +163,15 @@ def test_adapter_built_under_inference_mode_adapts(make, batches):
     assert torch.equal(run(adapter, batches), expected)
 
 
-def test_callers_model_is_untouched(make, cnn, batches):
-    cnn.train()
-    before = copy.deepcopy(cnn.state_dict())
-    flags = [parameter.requires_grad for parameter in cnn.parameters()]
+def test_callers_model_is_untouched(make, model, batches):
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    flags = [parameter.requires_grad for parameter in model.parameters()]
     run(make(), batches)
-    assert equal_states(cnn.state_dict(), before)
-    assert [parameter.requires_grad for parameter in cnn.parameters()] == flags
-    assert all(module.training for module in cnn.modules())
-    assert all(parameter.grad is None for parameter in cnn.parameters())
+    assert equal_states(model.state_dict(), before)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_only_declared_parameters_change(make, batches):
@@ -205,9 +216,9 @@ def test_non_finite_input_raises_and_teaches_nothing(make, batches, value):
     assert equal_states(adapter.state_dict(), before)
 
 
-def test_wrong_hyper_parameter_is_named(case, cnn):
+def test_wrong_hyper_parameter_is_named(case, model):
     with pytest.raises(ValueError, match="'no_such_key'"):
-        tta.adapt(cnn, case[0], no_such_key=1)
+        tta.adapt(model, case[0], no_such_key=1)
 
 
 def test_labels_cannot_reach_the_adapter(make, golden_images, golden_labels):

@@ -1,7 +1,9 @@
 """Parity: the same settings give the logits that the papers' released code computed."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ def roll(x):
     return torch.roll(x, 1, 3)
 
 
+PROMPTS = Path(__file__).parent / "golden" / "dpcore_prompts.npy"
+ACTMAD = {"optimizer": "sgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
 ROWS = {
     "source": ("cnn", "source", {}, "never"),
     "source_vit": ("vit", "source", {}, "never"),
@@ -22,16 +26,28 @@ ROWS = {
     "cotta": ("cnn", "cotta", {"mt_alpha": 0.99, "rst_m": 0.0, "ap": 0.85, "views": 2, "augment": roll}, "never"),
     "rotta": ("cnn", "rotta", {"augment": "none"}, "never"),
     "tent_episodic": ("cnn", "tent", {"optimizer": "adam", "lr": 1e-2, "steps": 2}, "batch"),
+    "eata": (
+        "cnn",
+        "eata",
+        {"optimizer": "sgd", "lr": 0.05, "e_margin": 0.4 * math.log(10), "d_margin": 0.4, "fisher_alpha": 1.0},
+        "never",
+    ),
+    "actmad": ("cnn", "actmad", ACTMAD, "never"),
+    "actmad_after": ("cnn", "actmad", {**ACTMAD, "score": "after"}, "never"),
+    "dpcore": ("vit", "dpcore", {"initial_prompts": torch.from_numpy(np.load(PROMPTS))}, "never"),
 }
-
-
-LARGEST = {"cotta": 5e-3}  # of the differences, where it is not 5e-4
+LARGEST = {
+    "cotta": 5e-3,
+    "dpcore": 5e-3,
+    "actmad": 0.1,
+    "actmad_after": 0.1,
+}  # the largest difference allowed, where it is not 5e-4
 
 
 @pytest.mark.parametrize("key", ROWS)
-def test_logits_equal_the_released_code(key, request, golden_images, golden_logits):
+def test_logits_equal_the_released_code(key, request, golden_images, golden_source, golden_logits):
     model, method, hparams, reset = ROWS[key]
-    adapter = tta.adapt(request.getfixturevalue(model), method, **hparams)
+    adapter = tta.adapt(request.getfixturevalue(model), method, source=golden_source, **hparams)
     parts = []
     for batch in golden_images.split(64):
         if reset == "batch":

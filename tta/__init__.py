@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tta.models import load_model
     from tta.report import compare
     from tta.results import Result
+    from tta.source import SourceStatistics
 
 _HOME = {
     "Adapter": ("tta.adapter", "Adapter"),
@@ -24,6 +25,7 @@ _HOME = {
     "OptimizerConfig": ("tta.adapter", "OptimizerConfig"),
     "Output": ("tta.adapter", "Output"),
     "Result": ("tta.results", "Result"),
+    "SourceStatistics": ("tta.source", "SourceStatistics"),
     "adapt": ("tta.methods", "adapt"),
     "compare": ("tta.report", "compare"),
     "evaluate": ("tta.engine", "evaluate"),
@@ -39,6 +41,7 @@ __all__ = [
     "OptimizerConfig",
     "Output",
     "Result",
+    "SourceStatistics",
     "adapt",
     "compare",
     "evaluate",

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from tta import fingerprint
+from tta.functional import logits_of
+from tta.source import BATCH_SIZE, EXPECTED, Known, Need, Source, known_from
 
 
 @dataclass
@@ -76,19 +78,22 @@ class Adapter(nn.Module):
         model: any module that maps images (batch, channels, height, width) to logits (batch, classes), or to an object
             with ``.logits``. It is copied and put into ``eval()`` mode; the caller's object is never changed.
         config: hyper-parameters; the method's defaults if left out.
+        source: what the method may know of the source domain, see :func:`tta.adapt`; unused by a method that needs none.
         copy: ``False`` adapts the caller's own module in place and saves the memory of the copy.
 
     Raises:
         TypeError: ``model`` is not a module that can be adapted; the message says what to pass.
-        ValueError: the model lacks the layers that the method adapts.
+        ValueError: the model lacks the layers that the method adapts, or ``source`` is missing or does not fit.
     """
 
     config: Config
-    scored_forward: ClassVar[str] = "before"  # whether the logits returned precede the batch's update, or follow it
+    scored_forward: str = "before"  # whether the logits returned precede the batch's update, or follow it
     _FUSED_ON: ClassVar[tuple[str, ...]] = ("cuda",)
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors
 
-    def __init__(self, model: nn.Module, config: Config | None = None, *, copy: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config | None = None, *, source: Source | None = None, copy: bool = True
+    ) -> None:
         super().__init__()
         self.config = config if config is not None else config_class(type(self))()
         with torch.inference_mode(False), torch.enable_grad():
@@ -97,19 +102,28 @@ class Adapter(nn.Module):
             self.model.eval()
             self.generator = torch.Generator()
             self._counters: Tensor  # updates skipped, non-finite batches not yet reported
-            self.register_buffer("_counters", torch.zeros(2, dtype=torch.int64))
+            device = next((parameter.device for parameter in self.model.parameters()), None)
+            self.register_buffer("_counters", torch.zeros(2, dtype=torch.int64, device=device))
             self._counters_seen = torch.zeros(
                 2, dtype=torch.int64
             )  # a GPU's counters as last heard of, never waited for
             self._input_is_finite: Tensor | None = None
             self._paused = False
             self._warned = False
+            self.source_statistics: list[dict[str, Any]] = []  # for the manifest: what the method knows of the source
+            self.known = self._look_up(source)  # one entry a need; a method keeps what it wants of them in buffers
             self.configure_model()
+            self.known = []
             self.optimizer = self._new_optimizer()
             self._source = {key: None if value is None else value.detach().clone() for key, value in self._tensors()}
             self.generator.manual_seed(0)
 
     # ------------------------------------------------------------------ what a method defines
+
+    @classmethod
+    def source_needs(cls, model: nn.Module, config: Any) -> list[Need]:
+        """What the method must know of the source domain; ``configure_model`` finds it in ``self.known``, in this order."""
+        return []
 
     def configure_model(self) -> None:
         """Choose, once, which modules use batch statistics, what may change, which copies and banks are kept."""
@@ -130,7 +144,7 @@ class Adapter(nn.Module):
         return logits_of(self.model(x))
 
     def update(
-        self, loss: Tensor, *, gradients: Sequence[Tensor | None] | None = None, only_if: Tensor | None = None
+        self, loss: Tensor, *, gradients: Sequence[Tensor | None] | None = None, when: Tensor | None = None
     ) -> Tensor:
         """One optimizer step down ``loss``.
 
@@ -141,8 +155,8 @@ class Adapter(nn.Module):
             loss: scalar.
             gradients: those of the optimizer's parameters, where they were computed already (elsewhere than at the
                 present weights, as a sharpness-aware step does); else they are computed here.
-            only_if: a boolean scalar; where it is false there is nothing to learn from and no step is made. It may
-                lie on a GPU: nothing waits for it.
+            when: a boolean scalar; where it is false there is nothing to learn from and no step is made. On a GPU
+                nothing waits for it.
 
         Returns:
             Whether the step was made, a boolean scalar on the loss's device.
@@ -150,18 +164,20 @@ class Adapter(nn.Module):
         optimizer = self.optimizer
         assert optimizer is not None, "update() needs parameters to adapt and a config that extends OptimizerConfig"
         optimizer.zero_grad(set_to_none=True)
+        made = torch.zeros((), dtype=torch.bool, device=loss.device)
         if gradients is not None:
             for parameter, gradient in zip(self._optimized(), gradients, strict=True):
                 parameter.grad = gradient
+        elif when is not None and when.device.type == "cpu" and not when:
+            return made  # known without waiting, and the backward pass is spared
         elif loss.requires_grad:
             loss.backward()
         present = [p.grad for p in self._optimized() if p.grad is not None]
-        made = torch.zeros((), dtype=torch.bool, device=loss.device)
         if present:
             finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()
             if self._input_is_finite is not None:
                 finite = finite & self._input_is_finite
-            made = finite if only_if is None else finite & only_if
+            made = finite if when is None else finite & when
             if made.device.type == "cpu" and not _is_fused(optimizer):
                 if made:
                     optimizer.step()
@@ -354,6 +370,20 @@ class Adapter(nn.Module):
 
     # ------------------------------------------------------------------ inner workings
 
+    def _look_up(self, source: Source | None) -> list[Known]:
+        needs = self.source_needs(self.model, self.config)
+        if not needs:
+            return []
+        if source is None:
+            raise ValueError(
+                f"{type(self).__name__} needs to know the source domain ({', '.join(need.kind for need in needs)}). "
+                f"Pass source=: {EXPECTED}."
+            )
+        batch_size = getattr(self.config, "source_batch_size", BATCH_SIZE)
+        statistics = known_from(source, self.model, self.source_fingerprint, needs, batch_size)
+        self.source_statistics = statistics.describe()
+        return [{name: v.to(self.device) for name, v in entry.known.items()} for entry in statistics.entries]
+
     def _slots(self) -> Iterator[tuple[tuple[str, nn.Module, str], Tensor | None]]:
         """Every place of a parameter or buffer, empty and non-persistent buffers too, each tensor once."""
         seen: set[int] = set()
@@ -442,24 +472,6 @@ class Adapter(nn.Module):
 def config_class(method: type[Adapter]) -> type[Config]:
     """The dataclass that a method names with its annotation ``config: MyConfig``."""
     return get_type_hints(method)["config"]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits (batch, classes), float32, in what a model returned: the tensor itself or its ``.logits``.
-
-    Raises:
-        TypeError: neither a tensor nor an object with ``.logits``.
-        ValueError: not one row of logits per image.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"The model returned {type(output).__name__}; expected logits (batch, classes) or an object with .logits. "
-            "Wrap the model in a module whose forward returns the logits."
-        )
-    if logits.dim() != 2:
-        raise ValueError(f"The model returned a tensor of shape {tuple(logits.shape)}; expected (batch, classes).")
-    return logits.float()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

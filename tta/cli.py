@@ -1,4 +1,4 @@
-"""The ``tta`` command: run, table, diff, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, source, table, diff, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -27,9 +28,20 @@ words:      the stream (digits-c), methods (source norm tent), and settings key=
 settings:   lr=1e-3            every method named that has the key
             tent.lr=1e-3       one method
             stream.severity=3  the stream
-            model=digits-vit   the rest: model, checkpoint, preset, protocol, reset, seed, batch_size, precision,
-                               accelerator, num_workers
+            model=digits-vit   the rest: model, checkpoint, source, preset, protocol, reset, seed, batch_size,
+                               precision, accelerator, num_workers
+source:     source=FILE        what methods such as eata may know of the source domain, saved by `tta source`, or a folder
+                               of images; left out, the stream's own source images where it has them
 example:    tta run digits-c source tent severity=3 tent.lr=5e-3 seed=1 --out runs/mine
+"""
+
+SOURCE_HELP = """\
+Record what methods must know of the source domain, so that they run without source images: one pass, one file.
+
+DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
+settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
+example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
+            tta run digits-c eata actmad source=source.safetensors
 """
 
 
@@ -43,6 +55,7 @@ class RunConfig:
 
     model: str | None = None
     checkpoint: str | None = None
+    source: str | None = None
     preset: str | None = None
     protocol: str = "continual"
     reset: str | None = None
@@ -106,6 +119,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("words", nargs="*", metavar="STREAM|METHOD|KEY=VALUE")
     run.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/<date and time>)")
     run.set_defaults(action=_run)
+
+    source = commands.add_parser(
+        "source",
+        parents=[common],
+        help="record what methods must know of the source domain",
+        description=SOURCE_HELP,
+        formatter_class=raw,
+    )
+    source.add_argument("model", metavar="MODEL")
+    source.add_argument("data", metavar="DATA")
+    source.add_argument("words", nargs="+", metavar="METHOD|KEY=VALUE")
+    source.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="where to write the statistics")
+    source.set_defaults(action=_source)
 
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
@@ -278,7 +304,24 @@ def _preset(method: str, request: Request) -> str | None:
 def _make_adapter(model: Any, method: str, request: Request) -> Any:
     import tta
 
-    return tta.adapt(model, method, preset=_preset(method, request), **request.hparams[method])
+    source = _source_images(model, request) if _source_needs(model, method, request) else None
+    return tta.adapt(model, method, source=source, preset=_preset(method, request), **request.hparams[method])
+
+
+def _source_needs(model: Any, method: str, request: Request) -> list[Any]:
+    from tta.methods import source_needs
+
+    return source_needs(model, method, preset=_preset(method, request), **request.hparams[method])
+
+
+def _source_images(model: Any, request: Request) -> Any:
+    """What ``source=`` names, a file or a folder, else the stream's own source images."""
+    from tta.datasets import catalog
+
+    given = request.run.source
+    if given is not None and not Path(given).is_dir():
+        return given
+    return catalog.source_images(given or request.stream, model.preprocessing["input_size"])
 
 
 def _free(folder: Path) -> Path:
@@ -297,6 +340,45 @@ def _usage() -> Iterator[None]:
         yield
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
+
+
+# ---------------------------------------------------------------------- source
+
+
+def _source(arguments: argparse.Namespace) -> int:
+    import torch
+
+    import tta
+    from tta.datasets import catalog
+
+    with _usage():
+        of_stream = [arguments.data] if arguments.data in catalog.STREAMS else []
+        request = parse_request([*of_stream, *arguments.words])
+        if request.stream_settings:
+            raise UsageError(f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none.")
+        model = tta.load_model(arguments.model, checkpoint=request.run.checkpoint)
+        needs: list[Any] = []
+        for name in request.methods:
+            needs += [need for need in _source_needs(model, name, request) if need not in needs]
+        if not needs:
+            raise UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
+        size: Any = model.preprocessing["input_size"]
+        images = catalog.source_images(arguments.data, size)
+    console = Console(stderr=True)
+    if request.run.accelerator != "cpu" and torch.cuda.is_available():
+        model.cuda()
+
+    def progress(batches: Any) -> Any:
+        return track(batches, "source images", console=console, transient=True, disable=not console.is_terminal)
+
+    statistics = tta.SourceStatistics.record(model, needs, images, progress=progress)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    statistics.save(arguments.out)
+    for entry in statistics.entries:
+        at = f"{len(entry.need.layers)} layers, {entry.need.statistics} statistics"
+        console.print(f"{entry.need.kind} of {entry.images} images ({at})", highlight=False)
+    console.print(f"Statistics: {arguments.out}", highlight=False)
+    return 0
 
 
 # ---------------------------------------------------------------------- table, diff, list

@@ -95,6 +95,7 @@ def evaluate(
             "weights": adapter.source_fingerprint,
             "preprocessing": getattr(adapter.model, "preprocessing", None),
         },
+        "source_statistics": adapter.source_statistics,
         "data": stream.describe(),
         "reset": module.reset,
         "scored_forward": adapter.scored_forward,

@@ -1,7 +1,28 @@
-"""Pure functions of logits that several methods share."""
+"""Pure functions of logits and activations that several methods share."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (batch, classes), float32, in what a model returned: the tensor itself or its ``.logits``.
+
+    Raises:
+        TypeError: neither a tensor nor an object with ``.logits``.
+        ValueError: not one row of logits per image.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"The model returned {type(output).__name__}; expected logits (batch, classes) or an object with .logits. "
+            "Wrap the model in a module whose forward returns the logits."
+        )
+    if logits.dim() != 2:
+        raise ValueError(f"The model returned a tensor of shape {tuple(logits.shape)}; expected (batch, classes).")
+    return logits.float()
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -32,11 +53,53 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     return -(target_logits.float().softmax(dim=1) * logits.float().log_softmax(dim=1)).sum(dim=1)
 
 
-def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    """Mean over the chosen values, 0 where none is chosen; values that are not chosen get no gradient.
+def reliable(entropies: Tensor, margin: float) -> Tensor:
+    """Which samples the model is sure enough of to learn from: those with an entropy below ``margin``.
+
+    Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
 
     Args:
-        values: (batch,).
-        chosen: (batch,), boolean.
+        entropies: (batch,), in nats.
+        margin: in nats; 0.4 ln(classes) is usual.
+
+    Returns:
+        (batch,), boolean.
     """
-    return torch.where(chosen, values, 0.0).sum() / chosen.sum().clamp(min=1)
+    return entropies < margin
+
+
+def unlike(probabilities: Tensor, average: Tensor, margin: float) -> Tensor:
+    """Which predictions are not redundant: their cosine similarity with ``average`` is below ``margin`` in magnitude.
+
+    Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
+
+    Args:
+        probabilities: (batch, classes).
+        average: (classes,), of the predictions learned from so far; zeros where there are none yet, which every
+            prediction is unlike.
+        margin: above 0, at most 1.
+
+    Returns:
+        (batch,), boolean.
+    """
+    return F.cosine_similarity(probabilities, average[None], dim=1).abs() < margin
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the rows that the mask keeps, over rows; zero, not NaN, where it keeps none.
+
+    Args:
+        values: (batch, ...).
+        mask: (batch,), boolean.
+
+    Returns:
+        (...).
+    """
+    mask = mask.view(-1, *[1] * (values.dim() - 1))
+    return torch.where(mask, values, 0).sum(0) / mask.sum().clamp(min=1)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance over the batch, at every location: (batch, ...) -> (...), (...), float32."""
+    x = x.float()
+    return x.mean(0), x.var(0)

@@ -1,0 +1,151 @@
+"""ActMAD: activation matching to align distributions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tta import norms, taps
+from tta.adapter import Adapter, OptimizerConfig, require
+from tta.functional import logits_of
+from tta.source import Known, Need, layer_moments
+
+
+@dataclass
+class ActMADConfig(OptimizerConfig):
+    """The defaults are the released code's for CIFAR-10.
+
+    Attributes:
+        score: which logits are scored, those of the forward ``"before"`` the step or of a second one ``"after"`` it.
+        layers: names or shell patterns of normalisation layers (``["layer3.*", "bn1"]``); None for all.
+        position: match the ``"output"`` of a layer, or the ``"activation"`` that a ReLU makes of it. The released CIFAR
+            code matches the activation wherever an in-place ReLU follows, as in its Wide ResNets.
+        source_batch_size: source images a batch; means and variances are taken within a batch and averaged.
+    """
+
+    optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
+    lr: float = 1e-2
+    weight_decay: float = 5e-4
+    nesterov: bool = True
+    score: Literal["before", "after"] = "before"
+    layers: list[str] | None = None
+    position: Literal["output", "activation"] = "output"
+    source_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.score in ("before", "after"), f"score={self.score!r}", "'before' or 'after'")
+        require(self.position in ("output", "activation"), f"position={self.position!r}", "'output' or 'activation'")
+        require(self.source_batch_size >= 2, f"source_batch_size={self.source_batch_size}", "2 or more, for a variance")
+
+
+def moments_need(
+    model: nn.Module, layers: Sequence[str] | None = None, position: str = "output", batch_size: int | None = None
+) -> Need:
+    """What activation matching must know of the source: location-wise moments at normalisation layers.
+
+    Args:
+        model: any module with normalisation layers; classifiers, detectors and segmenters alike.
+        layers, position: as in :class:`ActMADConfig`.
+        batch_size: source images a batch.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    norms.layers(model)  # names what is missing
+    chosen = taps.select([name for name, _ in norms.named_layers(model)], layers)
+    return Need("activation_moments", tuple(chosen), batch_size=batch_size, settings={"position": position})
+
+
+class ActivationAlignment(nn.Module):
+    """How far the activations of a batch are from the source's: half the sum over layers of two mean absolute differences.
+
+    One is of the means over the batch, the other of the unbiased variances, location by location. It works with any
+    module whose activations keep their shape, whatever its output.
+
+    Args:
+        need: made by :func:`moments_need`.
+        known: what :meth:`tta.SourceStatistics.get` gives for it.
+
+    Example:
+        >>> import torch, torchvision, tta
+        >>> from tta.methods.actmad import ActivationAlignment, moments_need
+        >>> model = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+        >>> images, need = torch.rand(4, 3, 64, 64), moments_need(model, ["backbone.*"])
+        >>> alignment = ActivationAlignment(need, tta.SourceStatistics.record(model, [need], images).get(need))
+        >>> output, loss = alignment(model, images)
+    """
+
+    def __init__(self, need: Need, known: Known) -> None:
+        super().__init__()
+        self.layers = need.layers
+        self.rectified = need.settings["position"] == "activation"
+        self.image_shape = tuple(known["image_shape"].tolist())
+        self._names = [key.removesuffix(".mean") for key in known if key.endswith(".mean")]
+        for number, name in enumerate(self._names):
+            self.register_buffer(f"mean{number}", known[f"{name}.mean"])
+            self.register_buffer(f"var{number}", known[f"{name}.var"])
+
+    def forward(self, model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
+        """What the model returns for the images, and the loss of that same forward.
+
+        Raises:
+            ValueError: images of another size than the source's, or fewer than the two that a variance takes.
+        """
+        if tuple(x.shape[1:]) != self.image_shape or len(x) < 2:
+            raise ValueError(
+                f"The source statistics belong to each location of images {self.image_shape} and are compared with the "
+                f"variance of two images or more; got a batch of shape {tuple(x.shape)}."
+            )
+        with taps.activations(model, self.layers, lambda output: layer_moments(output, self.rectified)) as seen:
+            output = model(x)
+        loss = torch.zeros((), device=x.device)
+        for number, name in enumerate(self._names):
+            mean, var = seen[name]
+            loss = loss + F.l1_loss(mean, self.get_buffer(f"mean{number}"))
+            loss = loss + F.l1_loss(var, self.get_buffer(f"var{number}"))
+        return output, 0.5 * loss
+
+
+class ActMAD(Adapter):
+    """Move all weights so that the activations at normalisation layers have the source's means and variances again.
+
+    Mirza et al., "ActMAD: Activation Matching to Align Distributions for Test-Time-Training", CVPR 2023.
+
+    BatchNorm layers keep their source statistics. Only parameters that the matched activations depend on change: those
+    behind the last layer, such as the classifier, are neither stepped nor decayed. The published errors are the
+    smallest of all steps, chosen with the test labels; here each batch is scored once. A single image has no variance
+    over the batch: it is predicted and not learned from. ``source=`` gives unlabelled images of the stream's size.
+    """
+
+    config: ActMADConfig
+
+    @classmethod
+    def source_needs(cls, model: nn.Module, config: ActMADConfig) -> list[Need]:
+        return [moments_need(model, config.layers, config.position, config.source_batch_size)]
+
+    def configure_model(self) -> None:
+        self.scored_forward = self.config.score
+        (need,), (known,) = self.source_needs(self.model, self.config), self.known
+        self.alignment = ActivationAlignment(need, known)
+        self.model.requires_grad_(True)
+        parameters = list(self.model.parameters())
+        probe = torch.zeros(2, *self.alignment.image_shape, device=self.device)
+        _, loss = self.alignment(self.model, probe)
+        reached = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, reached, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+    def adapt(self, x: Tensor) -> Tensor:
+        if len(x) < 2:
+            return self.predict(x)
+        for _ in range(self.config.steps):
+            output, loss = self.alignment(self.model, x)
+            self.update(loss)
+        if self.config.score == "before":
+            return logits_of(output)
+        with torch.no_grad():
+            return self.predict(x)

@@ -1,0 +1,149 @@
+"""Where a method listens in a model: classifier head and features, activations of chosen layers, tokens of a ViT.
+
+Everything is found below any wrapping (an input normalisation, a module of your own), and everything is a hook that
+lives as long as its ``with`` block: no second pass, and nothing left behind in the model.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKEN_PARTS = ("patch_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens", "embed_dim")
+
+
+def head(model: nn.Module, name: str | None = None) -> str:
+    """Name of the final linear layer, whose input are the features.
+
+    Args:
+        model: any classifier.
+        name: of the layer, where the model's author knows better. Left out: what a timm model calls its classifier, else
+            the last ``nn.Linear`` in the model.
+
+    Raises:
+        ValueError: no such layer; the linear layers there are get listed.
+    """
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if name is not None:
+        if name not in linear:
+            raise ValueError(f"{type(model).__name__} has no linear layer '{name}'. It has: {_some(list(linear))}.")
+        return name
+    for module in model.modules():
+        classifier: Any = getattr(module, "get_classifier", None)
+        if callable(classifier):
+            classifier = classifier()
+            known = classifier if isinstance(classifier, tuple) else (classifier,)
+            if found := [path for path, layer in linear.items() if any(layer is one for one in known)]:
+                return found[0]
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear, so there are no features before a linear head.")
+    return list(linear)[-1]
+
+
+@contextmanager
+def inputs(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Within this context each forward appends the input of layer ``name`` to the list.
+
+    With :func:`head` these are the features (batch, width) that the logits of the same forward were computed from.
+    """
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def activations(
+    model: nn.Module, names: Sequence[str], reduce: Callable[[Tensor], Any] = lambda output: output
+) -> Iterator[dict[str, Any]]:
+    """Within this context a forward leaves ``reduce(output)`` of each named layer in the dictionary.
+
+    ``reduce`` runs at once, inside the hook, so that a later in-place operation (an in-place ReLU) cannot change what
+    it sees. A layer that one forward reaches several times is kept under ``name``, ``name:1``, ``name:2`` ...
+    """
+    seen: dict[str, Any] = {}
+    calls: Counter[str] = Counter()
+
+    def listen(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen[f"{name}:{calls[name]}" if calls[name] else name] = reduce(output)
+            calls[name] += 1
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(listen(name)).remove)
+        yield seen
+
+
+def select(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
+    """The names that any of the shell patterns matches, from any dot on (``layer3.*`` finds ``model.layer3.0.bn1``).
+
+    Args:
+        names: dotted names, in order.
+        patterns: None for all of them.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    if patterns is None:
+        return list(names)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ValueError(f"No layer matches '{pattern}'. There are: {_some(list(names))}.")
+    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def vision_transformer(model: nn.Module) -> nn.Module:
+    """The timm ``VisionTransformer`` that the model is or wraps.
+
+    Raises:
+        ValueError: there is none; the message says what was looked for and what was found.
+    """
+    for module in model.modules():
+        # rotary embeddings are laid out for a fixed number of tokens
+        if all(hasattr(module, part) for part in TOKEN_PARTS) and getattr(module, "rope", None) is None:
+            return module
+    found = [model]
+    while len(children := list(found[-1].children())) == 1:  # look into wrappers
+        found += children
+    raise ValueError(
+        f"Looked for a timm VisionTransformer (a module with {', '.join(TOKEN_PARTS)}, without rotary embeddings), whose "
+        f"tokens prompts can join; found {' > '.join(type(module).__name__ for module in found)}."
+    )
+
+
+@contextmanager
+def extra_tokens(vit: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Within this context ``tokens`` (1, n, width) pass through the blocks of a timm ViT, behind its class token.
+
+    They join after the position embedding and leave before the final norm, so that any pooling sees the model's own
+    tokens alone.
+    """
+    first, last = int(vit.num_prefix_tokens), int(vit.num_prefix_tokens) + tokens.shape[1]  # type: ignore[arg-type]
+
+    def join(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :first], tokens.to(x.dtype).expand(len(x), -1, -1), x[:, first:]], dim=1)
+
+    def leave(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (torch.cat([args[0][:, :first], args[0][:, last:]], dim=1),)
+
+    with ExitStack() as stack:
+        stack.callback(vit.norm_pre.register_forward_hook(join).remove)  # type: ignore[operator, union-attr]
+        stack.callback(vit.norm.register_forward_pre_hook(leave).remove)  # type: ignore[operator, union-attr]
+        yield
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
