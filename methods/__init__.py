@@ -77,7 +77,9 @@ def adapt(
         torch.Size([8, 10])
     """
     kind, settings = _configured(method, preset, hparams)
-    return kind(model, settings, source=source, copy=copy)
+    adapter = kind(model, settings, source=source, copy=copy)
+    adapter.preset = preset if isinstance(preset, str) else None
+    return adapter
 
 
 def source_needs(

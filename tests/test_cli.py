@@ -130,7 +130,21 @@ def test_bare_keys_reach_every_method_that_has_them():
 
 def test_run_alone_is_the_demo():
     request = parse_request([])
-    assert (request.stream, request.methods) == ("digits-c", ["source", "norm", "tent"])
+    assert request.stream == "digits-c"
+    assert request.methods == ["source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore"]
+
+
+def test_each_method_runs_on_the_first_model_it_supports_and_source_on_each_in_use(tmp_path):
+    assert run("source", "norm", "dpcore", "steps_new=1", "--out", str(tmp_path)) == 0
+    found = [json.loads(file.read_text()) for file in sorted(tmp_path.rglob("result.json"))]
+    models = sorted((result["method"], result["manifest"]["model"]["spec"]) for result in found)
+    assert models == [
+        ("dpcore", "digits-vit"),
+        ("norm", "digits-cnn"),
+        ("source", "digits-cnn"),
+        ("source", "digits-vit"),
+    ]
+    assert run("norm", "model=digits-vit", "--out", str(tmp_path)) == 2
 
 
 def test_help_and_usage_errors_do_not_load_torch():

@@ -135,6 +135,9 @@ def test_manifest_says_what_would_reproduce_the_result(cnn, stream):
     manifest = tta.evaluate(tta.adapt(cnn, "tent", lr=2e-3), stream, progress=False).manifest
     assert manifest["method"] == "tent"
     assert manifest["config"]["lr"] == 2e-3
+    assert manifest["preset"] is None
+    preset = tta.evaluate(tta.adapt(cnn, "tent", preset="imagenet-c"), stream, progress=False).manifest["preset"]
+    assert preset == "imagenet-c"
     assert len(manifest["model"]["weights"]) == 64
     assert manifest["data"]["batch_size"] == 16
     assert len(manifest["data"]["domains"]["b"]["content"]) == 64

@@ -87,6 +87,7 @@ class Adapter(nn.Module):
     """
 
     config: Config
+    preset: str | None = None  # name of the published settings it was built from, for the manifest
     scored_forward: str = "before"  # whether the logits returned precede the batch's update, or follow it
     _FUSED_ON: ClassVar[tuple[str, ...]] = ("cuda",)
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors

@@ -19,12 +19,13 @@ from rich.text import Text
 from tta import config
 
 STREAM = "digits-c"
-METHODS = ("source", "norm", "tent")
+BASELINE = "source"
+METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
 Run methods on a stream, print the table, write the results. `tta run` alone is the embedded demo.
 
-words:      the stream (digits-c), methods (source norm tent), and settings key=value, in any order
+words:      the stream (digits-c), methods (source norm tent ...), and settings key=value, in any order
 settings:   lr=1e-3            every method named that has the key
             tent.lr=1e-3       one method
             stream.severity=3  the stream
@@ -157,8 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with _usage():
         request = parse_request(arguments.words)
         stream = _make_stream(request)
-        model = tta.load_model(request.run.model or _default_model(request.stream), checkpoint=request.run.checkpoint)
-        adapters = {name: _make_adapter(model, name, request) for name in request.methods}
+        adapters = _make_adapters(request)
 
     _keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -167,10 +167,10 @@ def _run(arguments: argparse.Namespace) -> int:
         "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
     )
     results = []
-    for name, adapter in adapters.items():
+    for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
-        preset = f" [preset {_preset(name, request)}]" if _preset(name, request) else ""
-        console.print(f"{name}{preset} {settings}", highlight=False, markup=False)
+        preset = f" (preset {adapter.preset})" if adapter.preset else ""
+        console.print(f"{name} on {adapter.model.spec}{preset}: {settings}", highlight=False, markup=False)
         run = request.run
         result = tta.evaluate(
             adapter,
@@ -277,7 +277,7 @@ def _make_stream(request: Request) -> Any:
     from tta.engine import reset_period
 
     defaults = config.load("stream", request.stream)
-    defaults.pop("model", None)
+    defaults.pop("models", None)
     run = request.run
     if run.reset is not None:
         reset_period(run.reset)
@@ -287,11 +287,42 @@ def _make_stream(request: Request) -> Any:
     return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
 
 
-def _default_model(stream: str) -> str:
-    model = config.load("stream", stream).get("model")
-    if model is None:
-        raise UsageError(f"Stream '{stream}' has no model of its own: name one, such as model=timm:resnet50.")
-    return str(model)
+def _make_adapters(request: Request) -> list[tuple[str, Any]]:
+    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
+    import tta
+
+    models = {spec: tta.load_model(spec, checkpoint=request.run.checkpoint) for spec in _model_specs(request)}
+    made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
+    for method in request.methods:
+        if method != BASELINE:
+            spec, adapter = _on_first_supported(models, method, request)
+            made[spec].append((method, adapter))
+    if BASELINE in request.methods:
+        for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
+            made[spec].insert(0, (BASELINE, _make_adapter(models[spec], BASELINE, request)))
+    return [pair for pairs in made.values() for pair in pairs]
+
+
+def _on_first_supported(models: dict[str, Any], method: str, request: Request) -> tuple[str, Any]:
+    refusals = []
+    for spec, model in models.items():
+        try:
+            return spec, _make_adapter(model, method, request)
+        except config.ConfigError:
+            raise
+        except ValueError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def _model_specs(request: Request) -> list[str]:
+    """The model asked for, else those of the stream, the first of which a method supports is its own."""
+    if request.run.model:
+        return [request.run.model]
+    models = config.load("stream", request.stream).get("models")
+    if not models:
+        raise UsageError(f"Stream '{request.stream}' has no model of its own: name one, such as model=timm:resnet50.")
+    return list(models)
 
 
 def _preset(method: str, request: Request) -> str | None:

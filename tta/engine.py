@@ -89,6 +89,7 @@ def evaluate(
     method, config = methods.name_of(type(adapter)), as_dict(adapter.config)
     manifest = {
         "method": method,
+        "preset": adapter.preset,
         "config": config,
         "model": {
             "spec": getattr(adapter.model, "spec", type(adapter.model).__name__),
