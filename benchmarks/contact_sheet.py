@@ -3,7 +3,7 @@
     python benchmarks/contact_sheet.py docs           # half a minute
 
 A row is a corruption, a column a severity, the clean image first. The images are the two samples that scikit-learn
-ships, both CC BY: china.jpg by Yann Forget and flower.jpg by V. Mueller.
+ships, cropped: china.jpg by danielbuechele and flower.jpg by vultilion on Flickr, both CC BY 2.0.
 """
 
 import argparse

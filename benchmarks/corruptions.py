@@ -3,8 +3,8 @@
     python benchmarks/corruptions.py                  # 32 px, half a minute on 2 cores
     python benchmarks/corruptions.py --size 224       # a minute
 
-Each is the best of several runs. Expect about 1.3 ms an image for the fifteen at 32 px, where the published generator
-takes about 29 ms (one core; it works image by image), and about 100 ms at 224 px.
+Each is the best of several runs. Expect at most 1.8 ms an image for the fifteen at 32 px, on one core already, where
+the published generator takes about 29 ms, and about 100 ms at 224 px.
 """
 
 import argparse

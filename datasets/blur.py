@@ -21,7 +21,10 @@ def gaussian_blur(images: Tensor, draws: Draws, sigma: float) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _disk(radius: float, alias_sigma: float) -> np.ndarray:
-    """The antialiased disk of the recipe, an odd square of weights."""
+    """The antialiased disk of the recipe, an odd square of weights.
+
+    As published, radii 8 and 10 touch the square's border, gain by its reflection, and brighten images by about 1 %.
+    """
     half = 8 if radius <= 8 else int(radius)
     soft = 1 if radius <= 8 else 2
     grid = np.arange(-half, half + 1)
