@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import tta
 from tta.datasets.cifar_c import CLASSES
 
 BLOCK = 10_000
-SHARED = Path(os.environ.get("TTA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def sparse(file, shape, dtype=np.uint8):
@@ -199,28 +197,3 @@ def test_a_bad_image_folder_is_named(image_files, spoil, message):
 def test_settings_out_of_range_are_named(image_files, settings, message):
     with pytest.raises(ValueError, match=message):
         tta.stream("cifar10-c", root=image_files, **settings)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "cifar10_resnet20.safetensors").exists(), reason=f"needs the weights in {SHARED}")
-def test_resnet20_reaches_its_clean_error():
-    """11.25 % on the 10 000 JPEG test images, to the last image."""
-    import tarfile
-
-    model = tta.load_model("cifar-resnet20", checkpoint=SHARED / "cifar10_resnet20.safetensors")
-    wrong = total = 0
-    from torchvision.io import decode_image
-
-    with tarfile.open(SHARED / "cifar10_jpeg_test.tar.gz") as archive:
-        images, labels = [], []
-        for member in archive:
-            if member.isfile():
-                data = np.frombuffer(archive.extractfile(member).read(), np.uint8).copy()
-                images.append(decode_image(torch.from_numpy(data)))
-                labels.append(CLASSES.index(Path(member.name).parent.name))
-    with torch.no_grad():
-        for x, y in zip(torch.stack(images).split(500), torch.tensor(labels).split(500), strict=True):
-            wrong += int((model(x.float() / 255).argmax(1) != y).sum())
-            total += len(y)
-    assert total == 10_000
-    assert wrong == 1125
