@@ -223,6 +223,7 @@ def test_detectors_and_segmenters_align(make, layers):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_over_a_thousand_batches(net, images):
     adapter = tta.adapt(net, "actmad", source=images[:8], lr=1e-4)
     sizes = []

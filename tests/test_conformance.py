@@ -20,10 +20,10 @@ VARIANTS = [
     ("tent", {"steps": 3, "optimizer": "adamw"}),
     ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
     ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
-    ("dpcore", {"steps_new": 2, "rho": 1.1, "capacity": 2}),
+    ("dpcore", {"steps_new": 1, "rho": 1.1, "capacity": 2}),
 ]
 MODELS = {"dpcore": "vit"}  # the fixture of the source model, where it is not the CNN
-DEFAULTS = {"dpcore": {"steps_new": 3}}  # what makes a method's own defaults quick enough for a test
+DEFAULTS = {"dpcore": {"steps_new": 2}}  # what makes a method's own defaults quick enough for a test
 CASES = [*((name, DEFAULTS.get(name, {})) for name in tta.list_methods()), *VARIANTS]
 
 
