@@ -65,7 +65,8 @@ class EATA(Adapter):
         if not config.fisher_alpha:
             return []
         layers = tuple(name for name, _ in norms.named_layers(model))
-        return [Need("fisher", layers, statistics="batch", batch_size=config.fisher_batch_size)]
+        batch = norms.named_layers(model, norms.BATCH_NORMS)  # without such layers a single source image counts too
+        return [Need("fisher", layers, "batch" if batch else "source", batch_size=config.fisher_batch_size)]
 
     def configure_model(self) -> None:
         self.model.requires_grad_(False)

@@ -28,11 +28,11 @@ VARIANTS = [
     ("rotta", {"update_frequency": 40, "augment": "none", "steps": 2, "optimizer": "adamw"}),
     ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
     ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
-    ("dpcore", {"steps_new": 2, "rho": 1.1, "capacity": 2}),
+    ("dpcore", {"steps_new": 1, "rho": 1.1, "capacity": 2}),
 ]
 MODELS = {"dpcore": "vit"}  # the fixture of the source model, where it is not the CNN
 # What of a method's defaults is too slow to be run a hundred times.
-QUICK = {"cotta": {"views": 3}, "dpcore": {"steps_new": 3}}
+QUICK = {"cotta": {"views": 3}, "dpcore": {"steps_new": 2}}
 CASES = [*((name, QUICK.get(name, {})) for name in tta.list_methods()), *VARIANTS]
 
 

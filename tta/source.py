@@ -194,7 +194,7 @@ def _features(model: nn.Module, need: Need, images: Tensor) -> tuple[Tensor, Ten
 # ---------------------------------------------------------------------- statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One recorded need: its settings, over how many images, and what was found."""
 
@@ -203,7 +203,7 @@ class Entry:
     known: Known
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourceStatistics:
     """What was recorded of the source domain with one model; deployment needs this and no source image.
 
