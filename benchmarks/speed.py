@@ -49,8 +49,12 @@ class Block(nn.Module):
         return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-def resnet20() -> nn.Module:
-    """The ResNet-20 of CIFAR, with random weights: unsure of every image, so that cotta averages over its views."""
+@torch.no_grad()
+def resnet20(images: Tensor) -> nn.Module:
+    """The ResNet-20 of CIFAR with random weights, its classifier fitted so that predictions spread over the classes.
+
+    It is unsure of most images, so that cotta averages over its views; rotta's memory fills.
+    """
     torch.manual_seed(0)
     stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
     blocks = [
@@ -59,7 +63,12 @@ def resnet20() -> nn.Module:
         for first in (1, 0, 0)
     ]
     stem = (nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+    features = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    classifier = nn.Linear(64, 10)
+    std, mean = torch.std_mean(features(images), dim=0)
+    classifier.weight /= std + 1e-6
+    classifier.bias.copy_(-classifier.weight @ mean)
+    return nn.Sequential(*features, classifier).eval()
 
 
 def build(model: nn.Module, method: str, source: Tensor) -> tta.Adapter:
@@ -110,8 +119,9 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    model = (tta.load_model(arguments.model) if arguments.model else resnet20()).to(device)
-    images = torch.rand(max(arguments.batch_size, 64), 3, arguments.size, arguments.size, device=device)
+    images = torch.rand(max(arguments.batch_size, 64), 3, arguments.size, arguments.size)
+    model = (tta.load_model(arguments.model) if arguments.model else resnet20(images)).to(device)
+    images = images.to(device)
 
     def frozen(x: Tensor) -> None:
         with torch.no_grad():
