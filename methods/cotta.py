@@ -22,8 +22,8 @@ class CoTTAConfig(OptimizerConfig):
         ap: mean confidence of the source model on a batch below which the teacher's predictions are averaged over
             views. Published: the 5 % quantile on source images, minus 0.05.
         views: number of augmented views.
-        views_at_once: views that share a forward of the teacher; more is faster on a GPU and takes more memory, the
-            logits are the same.
+        views_at_once: views that share a forward of the teacher, each with batch statistics of its own: the logits are
+            the same. Meant for a GPU that one view leaves idle; it takes more memory, and on a CPU more time.
         augment: ``"paper"`` (RGB images in [0, 1]), ``"none"``, or from Python a callable that maps a batch to a view
             of it.
         symmetric: add the cross-entropy the other way round, half and half, as the ImageNet program does.

@@ -178,6 +178,44 @@ def test_channels_last_model_round_trips(cnn, batch, tmp_path, method):
     torch.testing.assert_close(fresh(batch), expected[1])
 
 
+@pytest.fixture
+def wide():
+    """A network large enough to be run with channels last."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, 2), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Conv2d(64, 192, 3, 2), nn.BatchNorm2d(192), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 10)),
+    ).eval()
+
+
+def is_channels_last(weight):
+    return weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+
+
+def test_a_convolutional_model_of_size_runs_channels_last(wide, cnn, vit):
+    assert is_channels_last(tta.adapt(wide, "tent").model[3].weight)
+    assert not is_channels_last(wide[3].weight)
+    assert not is_channels_last(tta.adapt(wide, "tent", copy=False).model[3].weight)
+    assert not is_channels_last(tta.adapt(cnn, "tent").model.layer3.conv1.weight)
+    assert not is_channels_last(tta.adapt(vit, "tent").model.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize("method", ["source", "norm", "tent", "sar", "cotta", "rotta"])
+def test_channels_last_changes_neither_results_nor_states(wide, batch, tmp_path, method):
+    settings = {"cotta": {"views": 2, "rst_m": 0.0, "optimizer": "sgd"}, "rotta": {"update_frequency": 8}}
+    make = lambda **how: tta.adapt(wide, method, **settings.get(method, {}), **how)  # noqa: E731
+    last, again = make(), make()
+    first = tta.adapt(copy.deepcopy(wide), method, **settings.get(method, {}), copy=False)
+    for x in (batch, batch.flip(0), batch.flip(2)):
+        torch.testing.assert_close(last(x), first(x), atol=1e-3, rtol=1e-3)
+    save_file(last.state_dict(), tmp_path / "state.safetensors")
+    again.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(again(batch), last(batch))
+    last.reset()
+    assert torch.equal(last(batch), make()(batch))
+
+
 def test_moving_keeps_what_was_learned(cnn, batch):
     adapter, still = tta.adapt(cnn, "tent"), tta.adapt(cnn, "tent")
     adapter(batch), still(batch)

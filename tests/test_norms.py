@@ -1,5 +1,7 @@
 """Normalisation layers: the three modes of `norm`, recomputed plainly; which layers `tent` finds."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -133,3 +135,38 @@ def test_frozen_parameters_get_no_gradient(cnn):
     assert {n for n, p in adapter.named_parameters() if p.requires_grad} == {
         f"model.{name}.{leaf}" for name, _ in norms.named_layers(cnn) for leaf in ("weight", "bias")
     }
+
+
+def in_rows(layer, x):
+    """Value and gradients of a layer, and whether they came the channels-last way."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    gradients = torch.autograd.grad((y * weights).sum(), (x, layer.weight, layer.bias))
+    return (y.detach(), *gradients), "NormaliseRows" in y.grad_fn.name()
+
+
+@pytest.mark.parametrize("shape", [(100, 8, 32, 32), (7, 3, 5, 1), (2, 4, 1, 1)])
+def test_channels_last_batch_statistics_are_exact(shape):
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(shape[1], eps=1e-3)
+    nn.init.uniform_(layer.weight)
+    norms.use_batch_statistics(layer)
+    x = torch.randn(shape).relu() + 0.5
+    expected, rows = in_rows(copy.deepcopy(layer).double(), x.double())
+    assert not rows
+    ours, rows = in_rows(layer, x.to(memory_format=torch.channels_last))
+    assert rows
+    for value, exact in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value.double(), exact, atol=2e-5 * float(exact.abs().max()), rtol=1e-4)
+    _, rows = in_rows(layer, x.contiguous())
+    assert rows == (shape[2:] == (1, 1))  # of one pixel the two layouts are the same
+
+
+def test_channels_last_batch_statistics_under_vmap():
+    layer = nn.BatchNorm2d(4)
+    norms.use_batch_statistics(layer)
+    views = torch.rand(3, 8, 5, 5, 4).permute(0, 1, 4, 2, 3)
+    with torch.no_grad():
+        together = torch.vmap(layer)(views)
+        torch.testing.assert_close(together, torch.stack([layer(view) for view in views]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from tta import fingerprint
+from tta import fingerprint, norms
 from tta.functional import logits_of
 from tta.source import BATCH_SIZE, EXPECTED, Known, Need, Source, known_from
 
@@ -101,6 +101,9 @@ class Adapter(nn.Module):
             self.model = own(unwrap(model), copy)
             self.source_fingerprint = fingerprint.of_model(self.model)
             self.model.eval()
+            self._channels_last = copy and runs_channels_last(self.model)
+            if self._channels_last:
+                self.model.to(memory_format=torch.channels_last)
             self.generator = torch.Generator()
             self._counters: Tensor  # updates skipped, non-finite batches not yet reported
             device = next((parameter.device for parameter in self.model.parameters()), None)
@@ -453,7 +456,8 @@ class Adapter(nn.Module):
                 raise ValueError("An earlier batch held NaN or infinite values. Nothing was learned from it.")
             self._input_is_finite = x.isfinite().all()
             self._counters[1] += ~self._input_is_finite
-        return x.clone() if x.is_inference() else x
+        x = x.clone() if x.is_inference() else x
+        return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _read_counters(self) -> None:
         """Warn once of skipped updates; on a GPU the counters arrive without being waited for, a batch or so late."""
@@ -498,6 +502,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             "Pass the model as it was before compiling."
         )
     return inner
+
+
+def runs_channels_last(model: nn.Module) -> bool:
+    """Whether a model is faster with channels last: its parameters are mostly weights of convolutions, and not few.
+
+    On a CPU a step of norm or tent then takes 0.8 times as long (ResNet-20 of CIFAR, batch 200), but no less on a
+    network with 76 000 parameters. A model whose BatchNorm is of a class of its own stays as it is: see ``norms.ChannelsLastBatchNorm2d``.
+    """
+    sizes = [(parameter.dim(), parameter.numel()) for parameter in model.parameters()]
+    convolutional = 2 * sum(size for dim, size in sizes if dim == 4) > sum(size for _, size in sizes) > 100_000
+    return convolutional and all(
+        type(layer) is nn.BatchNorm2d for _, layer in norms.named_layers(model, norms.BATCH_NORMS)
+    )
 
 
 def own(model: nn.Module, copied: bool) -> nn.Module:

@@ -118,15 +118,17 @@ def _warped(images: Tensor, factors: ViewFactors) -> Tensor:
     batch, channels, height, width = images.shape
     angle = math.radians(factors.angle)
     cos, sin = math.cos(angle) / factors.scale, math.sin(angle) / factors.scale
-    options = {"dtype": images.dtype, "device": images.device}
     # whole pixels, as published; of the padded image, which is twice as large, a sixteenth
-    x = torch.arange(width + 2 * BLUR, **options) - (BLUR + (width - 1) / 2 + round(factors.shift[0] * width))
-    y = torch.arange(height + 2 * BLUR, **options) - (BLUR + (height - 1) / 2 + round(factors.shift[1] * height))
+    right, down = round(factors.shift[0] * width), round(factors.shift[1] * height)
+    x = torch.arange(width + 2 * BLUR, device=images.device) - (BLUR + (width - 1) / 2 + right)
+    y = torch.arange(height + 2 * BLUR, device=images.device) - (BLUR + (height - 1) / 2 + down)
     y = y[:, None]
     grid = torch.stack(((cos * x + sin * y) * (2 / width), (cos * y - sin * x) * (2 / height)), dim=-1)
     # One map for all images: they are channels of one image, and the sampler computes its weights once.
     together = images.reshape(1, batch * channels, height, width)
-    warped = F.grid_sample(together, grid[None], mode="bilinear", padding_mode="border", align_corners=False)
+    warped = F.grid_sample(
+        together, grid[None].to(images.dtype), mode="bilinear", padding_mode="border", align_corners=False
+    )
     return warped.reshape(batch, channels, *warped.shape[2:])
 
 

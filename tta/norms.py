@@ -6,6 +6,7 @@ itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,54 @@ def use_batch_statistics(layer: nn.Module) -> None:
         layer.running_mean = None
         layer.running_var = None
         layer.num_batches_tracked = None
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = ChannelsLastBatchNorm2d
+
+
+class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
+    """Batch statistics of channels-last images, summed as exactly as those of channels-first ones.
+
+    On a CPU, PyTorch adds up channels-last statistics and their gradients one by one: at batch 200 of 32-pixel maps the
+    outputs are off by 3e-3, against 6e-7 here. Everything else goes the way of ``nn.BatchNorm2d``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        one_value = x.numel() == x.shape[1]  # has no variance; the ordinary way says so
+        if x.device.type != "cpu" or x.dtype != torch.float32 or x.stride(1) != 1 or self.weight is None or one_value:
+            return super().forward(x)
+        return _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
+
+
+class _NormaliseRows(torch.autograd.Function):
+    """``F.batch_norm`` by the batch with (batch * height * width, channels) as rows, which torch sums pairwise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        centered = rows - rows.mean(0)
+        scale = ((centered * centered).mean(0) + eps).rsqrt()
+        out = torch.addcmul(bias, centered, weight * scale)
+        batch, channels, height, width = x.shape
+        return out.reshape(batch, height, width, channels).permute(0, 3, 1, 2), centered, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, centered, scale = output
+        ctx.mark_non_differentiable(centered, scale)
+        ctx.save_for_backward(inputs[1], centered, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, centered, scale = ctx.saved_tensors
+        batch, channels, height, width = gradients[0].shape
+        rows = gradients[0].permute(0, 2, 3, 1).reshape(-1, channels)
+        of_bias = rows.sum(0)
+        of_weight = (rows * centered).sum(0) * scale
+        of_rows = torch.addcmul(rows, centered, of_weight * scale / -len(rows))
+        of_rows.sub_(of_bias / len(rows)).mul_(weight * scale)
+        return of_rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2), of_weight, of_bias, None
 
 
 class BlendedBatchNorm(nn.Module):

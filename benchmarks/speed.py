@@ -1,0 +1,188 @@
+"""What adapting costs: time of an adapt-and-predict step over that of the frozen forward, and memory above it.
+
+    python benchmarks/speed.py                              # every method that takes the model; minutes on 2 cores
+    python benchmarks/speed.py --methods norm tent --rounds 15 --threads 2
+
+The frozen forward is the same model in eval(), float32, channels first, no gradient, on the same batch. The two run in
+turn, round after round, and each round gives a ratio; the medians are the numbers to quote. The released code of the
+papers, measured so on 2 cores: norm 1.4, tent 1.8, eata 1.95, sar 4.0, actmad 3.5, rotta 12.6, cotta 105. Ratios rise on
+a machine that does something else meanwhile: a step waits more for memory than a forward does.
+
+Memory is the peak of what PyTorch allocates from building the adapter (its copy of the model included) through three
+steps, less the peak of the frozen forward. On a GPU that is the allocator's own count; on a CPU it is summed from the
+profiler's record of every allocation, which does not see the scratch memory inside a kernel.
+"""
+
+import argparse
+import inspect
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import tta
+
+RELEASED = {"norm": 1.4, "tent": 1.8, "eata": 1.95, "sar": 4.0, "actmad": 3.5, "rotta": 12.6, "cotta": 105.0}
+BATCH_SIZE = {"rotta": 64}  # its memory holds 64 and it updates every 64: one update a step
+
+
+class Block(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Identity()
+        if stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+@torch.no_grad()
+def resnet20(images: Tensor) -> nn.Module:
+    """The ResNet-20 of CIFAR with random weights, its classifier fitted so that predictions spread over the classes.
+
+    It is unsure of most images, so that cotta averages over its views; rotta's memory fills.
+    """
+    torch.manual_seed(0)
+    stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
+    blocks = [
+        Block(wide_in if first else wide, wide, stride if first else 1)
+        for wide_in, wide, stride in stages
+        for first in (1, 0, 0)
+    ]
+    stem = (nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    features = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    classifier = nn.Linear(64, 10)
+    std, mean = torch.std_mean(features(images), dim=0)
+    classifier.weight /= std + 1e-6
+    classifier.bias.copy_(-classifier.weight @ mean)
+    return nn.Sequential(*features, classifier).eval()
+
+
+def build(model: nn.Module, method: str, source: Tensor) -> tta.Adapter:
+    given = {"source": source} if "source" in inspect.signature(tta.adapt).parameters else {}
+    return tta.adapt(model, method, **given)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most that ``call`` holds at once of what it allocates itself."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a spec of tta.load_model; default: a ResNet-20 of CIFAR with random weights")
+    parser.add_argument("--methods", nargs="*", default=tta.list_methods())
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
+    parser.add_argument("--batch-size", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    images = torch.rand(max(arguments.batch_size, 64), 3, arguments.size, arguments.size)
+    model = (tta.load_model(arguments.model) if arguments.model else resnet20(images)).to(device)
+    images = images.to(device)
+
+    def frozen(x: Tensor) -> None:
+        with torch.no_grad():
+            model(x)
+
+    batches, memory, refused = {}, {}, {}
+    for method in arguments.methods:
+        x = images[: BATCH_SIZE.get(method, arguments.batch_size)]
+
+        def three_steps(method: str = method, x: Tensor = x) -> tta.Adapter:
+            adapter = build(model, method, images)
+            for _ in range(3):
+                adapter(x)
+            return adapter
+
+        try:
+            frozen(x)
+            memory[method] = peak_bytes(three_steps, device) - peak_bytes(lambda x=x: frozen(x), device)
+            batches[method] = x
+        except (TypeError, ValueError) as error:
+            refused[method] = str(error)
+    adapters = {method: build(model, method, images) for method in batches}
+    ratios: dict[str, list[float]] = {method: [] for method in batches}
+    milliseconds: dict[str, list[float]] = {method: [] for method in batches}
+    for round_number in range(arguments.rounds + 1):
+        for method, x in batches.items():
+            forward = seconds(lambda x=x: frozen(x), device)
+            step = seconds(lambda method=method, x=x: adapters[method](x), device)
+            if round_number:  # the first round warms up
+                ratios[method].append(step / forward)
+                milliseconds[method].append(1e3 * step)
+
+    table = Table(
+        title=f"{arguments.model or 'ResNet-20'}, {device}, {arguments.threads} threads, {arguments.rounds} rounds"
+    )
+    for column in (
+        "method",
+        "batch",
+        "step, ms",
+        "x frozen forward",
+        "lowest",
+        "highest",
+        "released code",
+        "MB above it",
+    ):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, values in ratios.items():
+        table.add_row(
+            method,
+            str(len(batches[method])),
+            f"{statistics.median(milliseconds[method]):.0f}",
+            f"{statistics.median(values):.2f}",
+            f"{min(values):.2f}",
+            f"{max(values):.2f}",
+            str(RELEASED.get(method, "")),
+            f"{memory[method] / 1e6:.1f}",
+        )
+    Console().print(table)
+    for method, reason in refused.items():
+        print(f"{method} does not take this model: {reason}")
+
+
+if __name__ == "__main__":
+    main()
