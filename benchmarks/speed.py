@@ -14,7 +14,6 @@ profiler's record of every allocation, which does not see the scratch memory ins
 """
 
 import argparse
-import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -31,24 +30,6 @@ RELEASED = {"norm": 1.4, "tent": 1.8, "eata": 1.95, "sar": 4.0, "actmad": 3.5, "
 BATCH_SIZE = {"rotta": 64}  # its memory holds 64 and it updates every 64: one update a step
 
 
-class Block(nn.Module):
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Identity()
-        if stride > 1:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
 @torch.no_grad()
 def resnet20(images: Tensor) -> nn.Module:
     """The ResNet-20 of CIFAR with random weights, its classifier fitted so that predictions spread over the classes.
@@ -56,24 +37,20 @@ def resnet20(images: Tensor) -> nn.Module:
     It is unsure of most images, so that cotta averages over its views; rotta's memory fills.
     """
     torch.manual_seed(0)
-    stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
-    blocks = [
-        Block(wide_in if first else wide, wide, stride if first else 1)
-        for wide_in, wide, stride in stages
-        for first in (1, 0, 0)
-    ]
-    stem = (nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    features = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    classifier = nn.Linear(64, 10)
-    std, mean = torch.std_mean(features(images), dim=0)
+    model = tta.load_model("cifar-resnet20", pretrained=False)
+    classifier = model.model.linear
+    features: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    model(images)
+    handle.remove()
+    std, mean = torch.std_mean(features[0], dim=0)
     classifier.weight /= std + 1e-6
     classifier.bias.copy_(-classifier.weight @ mean)
-    return nn.Sequential(*features, classifier).eval()
+    return model
 
 
 def build(model: nn.Module, method: str, source: Tensor) -> tta.Adapter:
-    given = {"source": source} if "source" in inspect.signature(tta.adapt).parameters else {}
-    return tta.adapt(model, method, **given)
+    return tta.adapt(model, method, source=source)
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -109,6 +86,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a spec of tta.load_model; default: a ResNet-20 of CIFAR with random weights")
+    parser.add_argument("--checkpoint", help="its weights")
     parser.add_argument("--methods", nargs="*", default=tta.list_methods())
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--batch-size", type=int, default=200)
@@ -120,7 +98,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     images = torch.rand(max(arguments.batch_size, 64), 3, arguments.size, arguments.size)
-    model = (tta.load_model(arguments.model) if arguments.model else resnet20(images)).to(device)
+    spec, checkpoint = arguments.model, arguments.checkpoint
+    model = (tta.load_model(spec, checkpoint=checkpoint) if spec else resnet20(images)).to(device)
     images = images.to(device)
 
     def frozen(x: Tensor) -> None:

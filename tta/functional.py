@@ -100,6 +100,31 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance over the batch, at every location: (batch, ...) -> (...), (...), float32."""
+    """Mean and unbiased variance over the batch, at every location: (batch, ...) -> (...), (...), float32.
+
+    ``x`` itself is not needed again: an in-place operation may follow it before the backward pass.
+    """
     x = x.float()
-    return x.mean(0), x.var(0)
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    # Rows in the order of memory: on a CPU, sums over a strided batch take twenty times as long.
+    ordered = x.permute(0, 2, 3, 1) if last else x
+    mean, var = _RowMoments.apply(ordered.reshape(len(x), -1))
+    moments = mean.view(ordered.shape[1:]), var.view(ordered.shape[1:])
+    return (moments[0].permute(2, 0, 1), moments[1].permute(2, 0, 1)) if last else moments
+
+
+class _RowMoments(torch.autograd.Function):
+    """Mean and unbiased variance of (batch, values) over the batch, with a backward pass that reads the rows once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        mean = rows.mean(0)
+        centered = rows - mean
+        ctx.save_for_backward(centered)
+        return mean, (centered * centered).sum(0) / (len(rows) - 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (centered,) = ctx.saved_tensors
+        of_mean, of_var = gradients
+        return torch.addcmul(of_mean / len(centered), centered, of_var * (2 / (len(centered) - 1)))

@@ -102,8 +102,9 @@ class _NormaliseRows(torch.autograd.Function):
         rows = gradients[0].permute(0, 2, 3, 1).reshape(-1, channels)
         of_bias = rows.sum(0)
         of_weight = (rows * centered).sum(0) * scale
-        of_rows = torch.addcmul(rows, centered, of_weight * scale / -len(rows))
-        of_rows.sub_(of_bias / len(rows)).mul_(weight * scale)
+        gain, count = weight * scale, len(rows)
+        of_rows = torch.addcmul(gain * of_bias / -count, centered, gain * of_weight * scale / -count)
+        of_rows.addcmul_(rows, gain)
         return of_rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2), of_weight, of_bias, None
 
 

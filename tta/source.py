@@ -178,8 +178,7 @@ KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
 
 def layer_moments(x: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
     """:func:`~tta.functional.batch_moments` of a layer's output, or of what a ReLU makes of it."""
-    # a copy: the variance's backward pass needs the values that an in-place ReLU behind the layer is about to overwrite
-    return batch_moments(x.relu() if rectified else x.clone())
+    return batch_moments(x.relu() if rectified else x)
 
 
 def _features(model: nn.Module, need: Need, images: Tensor) -> tuple[Tensor, Tensor]:
