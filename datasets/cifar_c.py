@@ -12,7 +12,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 
 from tta import fingerprint
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.stream import CorruptedImages, Domain
+from tta.datasets.domains import CleanImages, CorruptedImages, Domain
 
 IMAGES = 10_000  # in the test set, and in each severity of a published file
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -83,12 +83,42 @@ class PublishedImages:
         self.name = name
         self.labels = labels
         self.index = torch.arange(len(labels))
+        self.severity = severity
         self.origin = f"read from {file.parent}, severity {severity}"
+        self._file = file
         self._block = _read_block(file, (32, 32, 3), severity)
 
     def images(self, positions: Tensor) -> Tensor:
         """Images at these positions, uint8 (n, 3, 32, 32)."""
         return torch.from_numpy(self._block[positions.numpy()]).permute(0, 3, 1, 2).contiguous()
+
+    def at(self, severity: int) -> "PublishedImages":
+        """The same images under the same corruption at another severity."""
+        labels = _read_block(self._file.with_name("labels.npy"), (), severity)[: len(self.labels)]
+        return PublishedImages(self.name, self._file, torch.from_numpy(labels.astype(np.int64)), severity)
+
+    def clean(self) -> CleanImages:
+        """The same images without the corruption, from clean CIFAR-10 beside the published folder.
+
+        Raises:
+            FileNotFoundError: it is not there; the message says how to get it.
+            ValueError: its images come in another order than the published ones.
+        """
+        folder = self._file.parent.parent
+        try:
+            images, labels, origin = _clean(folder)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"No clean CIFAR-10 in '{folder}', beside the corrupted images: torchvision.datasets.CIFAR10('{folder}', "
+                "download=True) puts it there."
+            ) from None
+        first = slice(len(self.labels))
+        if not torch.equal(labels[first], self.labels):
+            raise ValueError(
+                f"The labels of {origin} are not those of {self._file.parent}: the images come in another order. Use "
+                "CIFAR-10 as torchvision downloads it."
+            )
+        return CleanImages(images[first], labels[first], self.index, origin=origin)
 
     def describe(self) -> dict[str, str]:
         """What the manifest says of the images: where they lie and a hash over all that is used of them."""

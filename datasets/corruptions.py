@@ -80,7 +80,7 @@ def corrupt(
         >>> corrupt(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "fog", severity=3).shape
         torch.Size([2, 3, 32, 32])
     """
-    _setting(name, severity, recipe)
+    constants(name, severity, recipe)
     _check_images(images)
     if index is None:
         index = torch.arange(len(images))
@@ -140,7 +140,7 @@ def draw(
     Raises:
         ValueError: unknown name, severity or recipe; an index that is no list of whole numbers.
     """
-    setting = _setting(name, severity, recipe)
+    setting = constants(name, severity, recipe)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
             f"index is a tensor (n,) of int64 image numbers; got {index.dtype} of shape {tuple(index.shape)}. "
@@ -179,7 +179,7 @@ def apply(
     Raises:
         ValueError: as :func:`corrupt`.
     """
-    _setting(name, severity, recipe)
+    constants(name, severity, recipe)
     _check_images(images)
     size = (images.shape[2], images.shape[3])
     return _apply(name, images, draws, severity, recipe, _frost_pictures(name, recipe, frost_photographs, size))
@@ -188,7 +188,7 @@ def apply(
 def _apply(
     name: str, images: Tensor, draws: Draws, severity: int, recipe: str, pictures: Sequence[Tensor] | None
 ) -> Tensor:
-    setting = _setting(name, severity, recipe)
+    setting = constants(name, severity, recipe)
     further = () if pictures is None else (pictures,)
     damaged: Tensor = _TABLE[name].apply(images.contiguous(), draws, setting, *further)
     return pixels.to_uint8(damaged)
@@ -198,7 +198,7 @@ def _frost_pictures(name: str, recipe: str, folder: str | Path | None, size: Siz
     return ice.pictures(recipe, folder, size) if name == "frost" else None
 
 
-def _setting(name: str, severity: int, recipe: str) -> Setting:
+def constants(name: str, severity: int, recipe: str) -> Setting:
     """The constants of a corruption at a severity; everything unknown is refused here."""
     if name not in _TABLE:
         match = difflib.get_close_matches(str(name), _TABLE, n=1, cutoff=0.5)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tta.datasets import digits
-from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS
-from tta.datasets.stream import CorruptedImages
+from tta.datasets.corruptions import CORRUPTIONS
+from tta.datasets.domains import CorruptedImages
 
 
 def source_images() -> Tensor:
@@ -29,11 +29,6 @@ def domains(
         ValueError: an unknown corruption or severity, or more samples than there are.
     """
     images, labels, index = digits.split("test")
-    if severity not in range(1, 6):
-        raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
-    known = CORRUPTIONS + VALIDATION_CORRUPTIONS
-    if unknown := [name for name in corruptions if name not in known]:
-        raise ValueError(f"No corruption '{unknown[0]}'. There are: {', '.join(known)}.")
     if samples is not None and not 1 <= samples <= len(images):
         raise ValueError(f"samples is between 1 and {len(images)}; got {samples}.")
     first = slice(samples)

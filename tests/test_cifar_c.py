@@ -81,6 +81,31 @@ def test_content_hash_covers_what_is_used(published):
     assert content() != before
 
 
+def test_published_images_are_there_at_every_severity(published):
+    stream = tta.stream("cifar10-c", root=published, corruptions=["snow", "fog"], samples=3, protocol="gradual")
+    assert [domain.name for domain in stream.domains][:8] == [f"snow-{s}" for s in (5, 4, 3, 2, 1)] + [
+        *("fog-1", "fog-2", "fog-3")
+    ]
+    for domain, batch in zip(stream.domains, stream, strict=True):
+        assert batch.images[0, 2, 0, 1] == pytest.approx((40 + domain.severity) / 255)
+        assert batch.labels.tolist() == [0, 1, 2]
+
+
+def test_clean_images_lie_beside_the_published_ones(published, monkeypatch):
+    settings = {"root": published, "corruptions": ["snow", "fog"], "samples": 30, "protocol": "forgetting"}
+    with pytest.raises(FileNotFoundError, match=r"No clean CIFAR-10 in .*download=True"):
+        tta.stream("cifar10-c", **settings)
+    images, labels = torch.randint(0, 256, (BLOCK, 3, 32, 32), dtype=torch.uint8), torch.arange(BLOCK) % 10
+    monkeypatch.setattr("tta.datasets.cifar_c._clean", lambda folder: (images, labels, f"clean CIFAR-10 in {folder}"))
+    stream = tta.stream("cifar10-c", **settings)
+    assert [domain.name for domain in stream.domains] == ["snow", "clean", "fog", "clean@2"]
+    assert torch.equal(stream[1].images, images[:30])
+    assert str(published) in stream.origins[1]
+    labels += 1
+    with pytest.raises(ValueError, match="the images come in another order"):
+        tta.stream("cifar10-c", **settings)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -146,7 +171,7 @@ def test_what_worker_processes_make_is_kept_for_the_next_run(image_files, monkey
     stream = tta.stream("cifar10-c", root=image_files, corruptions=["snow"], batch_size=8)
     stream.domains[0].images(torch.tensor([], dtype=torch.int64))
     made = torch.cat([batch.images for batch in stream.loader(2)])
-    monkeypatch.setattr("tta.datasets.stream.corrupt", None)  # nothing is left to be made
+    monkeypatch.setattr("tta.datasets.domains.corrupt", None)  # nothing is left to be made
     assert torch.equal(torch.cat([batch.images for batch in stream.loader()]), made)
 
 

@@ -40,7 +40,9 @@ def test_dependencies_are_the_libraries_imported() -> None:
                     imported |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     imported.add(node.module.split(".")[0])
-    declared = {need.partition(">=")[0] for need in PYPROJECT["project"]["dependencies"]}
+    project = PYPROJECT["project"]
+    needs = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
+    declared = {need.partition(">=")[0] for need in needs}
     assert {IMPORTED_AS.get(name, name) for name in declared} == imported - sys.stdlib_module_names - {"tta"}
 
 

@@ -8,7 +8,6 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 import tta
-from tta.datasets.catalog import PROTOCOLS
 
 
 class Unreadable(Dataset):
@@ -119,8 +118,3 @@ def test_manifest_hash_sees_one_changed_pixel():
 def test_mistakes_are_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
-
-
-def test_protocols_set_the_reset():
-    resets = {name: tta.stream({"a": images(2)}, protocol=name).reset for name in PROTOCOLS}
-    assert resets == {"continual": "never", "per-domain": "domain", "episodic": "batch"}

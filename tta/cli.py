@@ -1,4 +1,4 @@
-"""The ``tta`` command: run, source, table, diff, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, source, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
@@ -28,7 +28,7 @@ Run methods on a stream, print the table, write the results. `tta run` alone is 
 words:      the stream (digits-c), methods (source norm tent ...), and settings key=value, in any order
 settings:   lr=1e-3            every method named that has the key
             tent.lr=1e-3       one method
-            stream.severity=3  the stream
+            stream.severity=3  the stream, and its protocol's parameters (protocol=correlated delta=0.1)
             model=digits-vit   the rest: model, checkpoint, source, preset, protocol, reset, seed, batch_size,
                                precision, accelerator, num_workers
 source:     source=FILE        what methods such as eata may know of the source domain, saved by `tta source`, or a folder
@@ -143,6 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("results", nargs=2, type=Path, metavar="RESULT", help="a folder with a result.json, or the file")
     diff.set_defaults(action=_diff)
 
+    plot = commands.add_parser("plot", parents=[common], help="draw what arrives when")
+    plot.add_argument("what", choices=["schedule"])
+    plot.add_argument("words", nargs="*", metavar="STREAM|KEY=VALUE", help="as in `tta run`; no image is read")
+    plot.add_argument(
+        "-o", "--out", type=Path, default=Path("schedule.png"), metavar="FILE", help="default: schedule.png"
+    )
+    plot.set_defaults(action=_plot)
+
     listing = commands.add_parser("list", parents=[common], help="what there is")
     listing.add_argument("what", choices=list(LISTINGS))
     listing.set_defaults(action=_list)
@@ -231,7 +239,8 @@ def parse_request(words: Sequence[str]) -> Request:
 
     keys = {name: [f.name for f in dataclasses.fields(config_class(methods.find(name)))] for name in chosen}  # type: ignore[arg-type]
     of_run = [field.name for field in dataclasses.fields(RunConfig)]
-    of_stream = catalog.stream_settings(stream)
+    protocols = [word.partition("=")[2] for word in words if word.partition("=")[0] in ("protocol", "stream.protocol")]
+    of_stream = catalog.stream_settings(stream, *protocols[-1:])
     run: dict[str, Any] = {}
     stream_settings: dict[str, Any] = {}
     hparams: dict[str, dict[str, Any]] = {name: {} for name in chosen}
@@ -448,6 +457,16 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plot(arguments: argparse.Namespace) -> int:
+    from tta import plots
+
+    with _usage():
+        stream = _make_stream(parse_request(arguments.words))
+        plots.save(plots.schedule(stream), arguments.out)
+    print(arguments.out)
+    return 0
+
+
 def _list(arguments: argparse.Namespace) -> int:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, line in LISTINGS[arguments.what]():
@@ -483,7 +502,7 @@ def _corruptions() -> list[tuple[str, str]]:
 def _protocols() -> list[tuple[str, str]]:
     from tta.datasets import catalog
 
-    return [(name, line) for name, (_, line) in catalog.PROTOCOLS.items()]
+    return [(name, protocol.line) for name, protocol in catalog.PROTOCOLS.items()]
 
 
 LISTINGS = {

@@ -3,7 +3,9 @@
 The only importer of lightning. ``evaluate`` equals a plain ``for`` loop over the stream bit for bit.
 """
 
+import copy
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +25,13 @@ from torch import Tensor, nn
 from tta import methods
 from tta.adapter import Adapter
 from tta.config import as_dict
-from tta.datasets.stream import UNKNOWN, Batch, Stream, to_float
+from tta.datasets.domains import UNKNOWN, to_float
+from tta.datasets.stream import Batch, Stream
 from tta.results import Predictions, Result, Row, environment
 
 PRECISIONS = ("32-true", "bf16-mixed")
+# So much of a measured cost above a whole number is the clock's noise: a method that only predicts must not miss batches.
+MARGIN = 0.1
 
 
 def evaluate(
@@ -34,6 +39,7 @@ def evaluate(
     stream: Stream,
     *,
     reset: str | int | None = None,
+    cost: float | str | None = None,
     progress: bool = True,
     logger: Logger | Sequence[Logger] | bool = False,
     callbacks: Sequence[Callback] = (),
@@ -47,7 +53,11 @@ def evaluate(
         adapter: made by :func:`tta.adapt`; it goes on from its present state and keeps what it learns.
         stream: made by :func:`tta.stream`.
         reset: back to the source model ``"never"``, before each ``"domain"``, before each ``"batch"``, or every N
-            batches (``N`` or ``"N batches"``). Left out: what the stream's protocol says.
+            batches (``N`` or ``"N batches"``). Left out: what the stream's protocol says. A batch that holds several
+            domains is of the domain of its first sample.
+        cost: time that learning from a batch takes, in batches of the stream. Of every ``ceil(cost)`` batches the first
+            is learned from, the others arrive too early and are only predicted. ``"measured"``: found on the first
+            batch, see :func:`measure_cost`. Left out: what the stream's protocol says, 1 unless it is ``budget``.
         progress: show a progress bar with the domain, the online error so far and images/s.
         logger: any Lightning logger(s); gets ``error/<domain>`` and ``mean_error``.
         callbacks: further Lightning callbacks.
@@ -59,14 +69,19 @@ def evaluate(
         The errors per domain, with a manifest of what would reproduce them.
 
     Raises:
-        ValueError: an unknown reset or a precision that is not supported.
+        ValueError: an unknown reset or cost, or a precision that is not supported.
     """
     if precision not in PRECISIONS:
         raise ValueError(
             f"precision is one of {', '.join(PRECISIONS)}; got {precision!r}. Steps of 16-mixed would be unscaled, and "
             "steps of 1e-4 vanish in weights that are themselves 16 bits wide."
         )
-    module = OnlineModule(adapter, reset=stream.reset if reset is None else reset)
+    module = OnlineModule(
+        adapter,
+        reset=stream.reset if reset is None else reset,
+        cost=stream.cost if cost is None else cost,
+        paused=stream.paused,
+    )
     device = adapter.device
     with _quiet(), isolate_rng():
         pl.seed_everything(stream.seed, verbose=False)
@@ -99,6 +114,8 @@ def evaluate(
         "source_statistics": adapter.source_statistics,
         "data": stream.describe(),
         "reset": module.reset,
+        "cost": module.cost,
+        "paused_batches": module.paused_batches,
         "scored_forward": adapter.scored_forward,
         "precision": precision,
         "device": module.device_name,
@@ -141,6 +158,37 @@ def reset_period(reset: str | int) -> tuple[str, int]:
     return ("batch", 1) if int(number) == 1 else (f"{int(number)} batches", int(number))
 
 
+def measure_cost(adapter: Adapter, images: Tensor, *, repeats: int = 10) -> float:
+    """Time the adapter takes to predict a batch and learn from it, over the time its model takes to predict it.
+
+    Alfarra et al., "Evaluation of Test-Time Adaptation Under Computational Time Constraints", ICML 2024. The fastest of
+    some repeats each, in turn, on a copy: the adapter itself learns nothing. 1 or more.
+
+    Args:
+        adapter: where it is, in the state it has.
+        images: one batch, as the adapter takes it.
+        repeats: how many are timed; one before them is not.
+    """
+    trial = copy.deepcopy(adapter)
+
+    def seconds(run: Callable[[Tensor], Any]) -> float:
+        _wait_for(images.device)
+        start = time.perf_counter()
+        run(images)
+        _wait_for(images.device)
+        return time.perf_counter() - start
+
+    with isolate_rng(), torch.no_grad():
+        times = [(seconds(trial), seconds(trial.model)) for _ in range(repeats + 1)]
+    learning, predicting = (min(column) for column in zip(*times[1:], strict=True))
+    return max(1.0, learning / predicting)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class OnlineModule(pl.LightningModule):
     """An adapter as a LightningModule, for ``Trainer.test`` and ``Trainer.predict`` of your own.
 
@@ -150,12 +198,27 @@ class OnlineModule(pl.LightningModule):
     Args:
         adapter: made by :func:`tta.adapt`.
         reset: as in :func:`tta.evaluate`.
+        cost: as in :func:`tta.evaluate`.
+        paused: for each batch whether it is predicted without learning; empty where all are learned from.
     """
 
-    def __init__(self, adapter: Adapter, *, reset: str | int = "never") -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        reset: str | int = "never",
+        cost: float | str = 1.0,
+        paused: Sequence[bool] = (),
+    ) -> None:
         super().__init__()
+        if cost != "measured" and (isinstance(cost, str) or not 1 <= cost < math.inf):
+            raise ValueError(f"cost is a number of batches, 1 or more, or 'measured'; got {cost!r}.")
         self.adapter = adapter
         self.reset, self._period = reset_period(reset)
+        self.cost = cost
+        self.paused_batches = 0
+        self._margin = MARGIN if cost == "measured" else 0.0
+        self._paused = paused
         self.seconds = 0.0
         self.device_name = "cpu"
         self.finish: Callable[[Batch], Batch] | None = None  # what remains to be done to images once they are here
@@ -197,8 +260,8 @@ class OnlineModule(pl.LightningModule):
         return self._predict_and_learn(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
+        _wait_for(self.device)
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
             self.device_name = torch.cuda.get_device_name(self.device)
         self.seconds = time.perf_counter() - self._started
         predictions = self.predictions()
@@ -232,6 +295,7 @@ class OnlineModule(pl.LightningModule):
         self._seen = []
         self._last_domain = -1
         self._skipped = -self.adapter.skipped_updates
+        self.paused_batches = 0
         self._started = time.perf_counter()
 
     def _predict_and_learn(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -240,6 +304,15 @@ class OnlineModule(pl.LightningModule):
         if (self._period == -1 and changed) or (self._period > 0 and batch_idx % self._period == 0):
             self._skipped += self.adapter.skipped_updates  # a reset clears the adapter's own count
             self.adapter.reset()
+        if isinstance(self.cost, str):
+            start = time.perf_counter()
+            self.cost = measure_cost(self.adapter, batch.images)
+            self._started += time.perf_counter() - start
+        missed = batch_idx % math.ceil(self.cost - self._margin) > 0
+        if missed or (batch_idx < len(self._paused) and self._paused[batch_idx]):
+            self.paused_batches += 1
+            with self.adapter.paused():
+                return self.adapter.step(batch.images).logits
         return self.adapter.step(batch.images).logits
 
 

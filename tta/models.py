@@ -112,8 +112,8 @@ def load_model(
             raise ValueError(
                 f"'{spec}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
             )
-        network = networks.CifarResNet(CIFAR_RESNETS[spec], **classes)
-        model = ImageClassifier(network, IMAGENET_MEAN, IMAGENET_STD, spec, (32, 32))
+        resnet = networks.CifarResNet(CIFAR_RESNETS[spec], **classes)
+        model = ImageClassifier(resnet, IMAGENET_MEAN, IMAGENET_STD, spec, (32, 32))
     elif prefix == "timm" and name:
         network = _create_timm(name, fetch, classes)
         cfg = timm.data.resolve_model_data_config(network)

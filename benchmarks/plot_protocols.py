@@ -1,0 +1,41 @@
+"""Draw every protocol on a small digits-c stream: python benchmarks/plot_protocols.py docs/protocols.png"""
+
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import tta
+from tta.datasets.protocols import PROTOCOLS
+from tta.plots import draw_schedule, save
+
+VARIANTS = [
+    *((name, {}) for name in PROTOCOLS if name != "budget"),  # its schedule is that of continual
+    ("gradual", {"first": "full"}),
+    ("correlated", {"delta": 0.1}),
+    ("correlated", {"delta": 0.1, "mixed": True}),
+    ("cdc", {"draw": "multinomial"}),
+    ("label-shift", {"imbalance": 20}),
+    ("label-shift", {"prior": 4.0}),
+    ("forgetting", {"learn": False}),
+]
+CORRUPTIONS = ["gaussian_noise", "defocus_blur", "snow", "contrast", "pixelate"]
+
+
+def main(file: Path, columns: int = 3) -> None:
+    """Write the contact sheet."""
+    rows = -(-len(VARIANTS) // columns)
+    figure = Figure(figsize=(4 * columns, 1.5 * rows), layout="constrained")
+    panels = figure.subfigures(rows, columns).flatten()
+    for panel, (protocol, settings) in zip(panels, VARIANTS, strict=False):
+        stream = tta.stream(
+            "digits-c", protocol=protocol, batch_size=20, samples=200, corruptions=CORRUPTIONS, **settings
+        )
+        draw_schedule(stream, *panel.subplots(2, 1, sharex=True))
+        told = " ".join(f"{key}={value}" for key, value in settings.items())
+        panel.suptitle(f"{protocol} {told} (reset {stream.reset})", fontsize=8)
+    save(figure, file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,115 @@
+"""Pictures. They need matplotlib: the extra ``plot``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tta.datasets.stream import Stream
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Integers = NDArray[np.int64]
+Colour = tuple[float, float, float, float]
+
+UNKNOWN: Colour = (0.1, 0.1, 0.1, 1.0)
+COLUMNS = 400  # more batches than that share columns: a picture has no more room
+
+
+def schedule(stream: Stream) -> "Figure":
+    """What arrives when: the share of each domain in each batch, below it that of each class. No image is read.
+
+    Batches that are predicted without learning are marked along the top.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = _figure((9, 4.5))
+    above, below = figure.subplots(2, 1, sharex=True)
+    draw_schedule(stream, above, below, legend=True)
+    above.set_title(str(stream).splitlines()[0], fontsize=9)
+    below.set_xlabel("batch")
+    return figure
+
+
+def draw_schedule(stream: Stream, above: "Axes", below: "Axes", *, legend: bool = False) -> None:
+    """Draw the shares of domains and of classes in each batch into two axes.
+
+    A domain that comes again keeps its colour; where severities differ, a lower one is paler.
+    """
+    lengths = np.array([plan.samples for plan in stream.schedule()])
+    batch = np.repeat(np.arange(len(lengths)), lengths)
+    row, position = stream.order.numpy().T
+    label = np.empty(len(row), dtype=np.int64)
+    for number, domain in enumerate(stream.domains):
+        label[row == number] = domain.labels.numpy()[position[row == number]]
+
+    origins = [_original(domain) for domain in stream.domains]
+    severities = [getattr(domain, "severity", 1) for domain in stream.domains]
+    colours = _colours(list(dict.fromkeys(origins)))
+    shades = [(colours[o], 1 - 0.8 * (1 - s / max(severities))) for o, s in zip(origins, severities, strict=True)]
+    _stack(above, batch, row, shades, len(lengths))
+    above.set_ylabel("domains", fontsize=8)
+
+    classes, kind = np.unique(label, return_inverse=True)
+    of_class = _colours([str(one) for one in classes if one >= 0])
+    _stack(below, batch, kind, [(of_class.get(str(one), UNKNOWN), 1.0) for one in classes], len(lengths))
+    below.set_ylabel("classes", fontsize=8)
+
+    for held in np.flatnonzero(stream.paused):
+        above.plot([held, held + 1], [1, 1], color="black", linewidth=3, solid_capstyle="butt", clip_on=False)
+    if legend:
+        _legend(above, colours)
+        _legend(below, of_class | ({"unknown": UNKNOWN} if (label < 0).any() else {}))
+
+
+def save(figure: "Figure", file: Path) -> None:
+    """Write a figure; the file's ending says how (``.png``, ``.svg``, ``.pdf``)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("Pictures need matplotlib: pip install 'tta-toolkit[plot]'.") from None
+    return Figure(figsize=size, layout="constrained")
+
+
+def _original(domain: Any) -> str:
+    """The name of a domain's first coming, without its severity."""
+    return _original(domain.domain) if hasattr(domain, "domain") else domain.name
+
+
+def _colours(names: list[str]) -> dict[str, Colour]:
+    from matplotlib import colormaps
+
+    if len(names) > 20:
+        return {name: colormaps["turbo"](n / len(names)) for n, name in enumerate(names)}
+    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]  # the palette's pale colours look like low severities
+    return {name: colormaps["tab20"](strong_first[n]) for n, name in enumerate(names)}
+
+
+def _stack(axes: "Axes", batch: Integers, kind: Integers, shades: list[tuple[Colour, float]], batches: int) -> None:
+    """Shares of kinds in each batch, stacked; a kind has a colour and an opacity."""
+    columns = min(batches, COLUMNS)
+    count = np.zeros((len(shades), columns))
+    np.add.at(count, (kind, batch * columns // batches), 1)
+    edges = np.arange(columns + 1) * batches / columns
+    top = np.cumsum(np.vstack([np.zeros(columns), count / count.sum(0)]), 0)
+    for number, (colour, opacity) in enumerate(shades):
+        axes.stairs(top[number + 1], edges, baseline=top[number], fill=True, color=colour, alpha=opacity)
+    axes.set(xlim=(0, batches), ylim=(0, 1), yticks=[0, 1])
+    axes.tick_params(labelsize=7)
+
+
+def _legend(axes: "Axes", colours: dict[str, Colour]) -> None:
+    from matplotlib.patches import Patch
+
+    if len(colours) <= 20:
+        entries = [Patch(color=colour, label=name) for name, colour in colours.items()]
+        axes.legend(handles=entries, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
