@@ -109,7 +109,7 @@ def source_images(name: str, size: Sequence[int] | None = None) -> Tensor | Data
         make = getattr(import_module(f"tta.datasets.{STREAMS[name][0]}"), "source_images", None)
         if make is None:
             raise ValueError(
-                f"Stream '{name}' offers no source images. Name a folder of images, or statistics saved by `tta source`."
+                f"Stream '{name}' offers no source images. Name a folder of images, or statistics saved by `tta source`, as source=PATH."
             )
         return make()
     if not Path(name).is_dir():

@@ -134,11 +134,12 @@ def _read_block(file: Path, shape: tuple[int, ...], severity: int) -> np.ndarray
         there = sorted(other.stem for other in file.parent.glob("*.npy") if other.stem != "labels")
         raise FileNotFoundError(f"There is no '{file}'. That folder holds: {', '.join(there) or 'no .npy file'}.")
     try:
+        with file.open("rb") as start:
+            np.lib.format.read_magic(start)
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        size = file.stat().st_size
         raise ValueError(
-            f"'{file}' cannot be read as uint8 {expected}: it has {size} bytes, and a whole file has "
+            f"'{file}' cannot be read as uint8 {expected}: it has {file.stat().st_size} bytes, and a whole file has "
             f"{int(np.prod(expected))} behind its header ({error}). It may be truncated: get it again."
         ) from None
     if array.shape != expected or (shape and array.dtype != np.uint8) or array.dtype.kind not in "ui":
