@@ -197,7 +197,7 @@ def test_drawn_prompts_are_uniform_and_the_same_every_time(vit, golden_source):
         {"global_pool": "avg"},
         {"global_pool": "map", "class_token": False},
         {"reg_tokens": 4, "no_embed_class": True},
-        {"pre_norm": True, "final_norm": False, "fc_norm": True, "global_pool": "avg"},
+        {"pre_norm": True, "fc_norm": True, "global_pool": "avg"},
     ],
     ids=str,
 )

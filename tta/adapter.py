@@ -216,6 +216,8 @@ class Adapter(nn.Module):
         """
         with torch.inference_mode(False), torch.enable_grad():
             x = self._checked(x)
+            # Older releases of torch (2.6) would use again, without a gradient, what a prediction under no_grad has cast.
+            torch.clear_autocast_cache()
             try:
                 if self._paused:
                     with torch.no_grad():
