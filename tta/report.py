@@ -208,7 +208,7 @@ class Comparison:
         """Domains down, runs across: fifteen domains fit any terminal. Runs that do not fit side by side go below."""
         names = [*group.domains, MEAN, *self._versus_name(), "seconds"]
         first = max(map(len, names))
-        room = width - first - 2
+        room = width - first - 4
         heads = [_heading(run, self.varying, group) for run in group.runs]
         words = max(len(word) for head in heads for line in head.splitlines() for word in line.split())
         # The interval takes one line, two or three, whichever lets all runs stand side by side.
