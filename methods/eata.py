@@ -15,7 +15,7 @@ from tta.source import Need
 
 @dataclass
 class EATAConfig(OptimizerConfig):
-    """The defaults are the published CIFAR-10 settings.
+    """The margins are the published ones for CIFAR-10; the learning rate there is unverified.
 
     Attributes:
         e_margin: entropy in nats above which a sample is unreliable; None for 0.4 ln(classes).

@@ -130,7 +130,9 @@ def test_a_first_batch_that_teaches_nothing_leaves_the_average_to_the_next(cnn, 
 def test_no_backward_pass_where_nothing_teaches(cnn, batches, monkeypatch):
     adapter = tta.adapt(cnn, "eata", fisher_alpha=0.0, e_margin=1e-9)
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("a backward pass for no sample"))
+    before = adapter.state_dict()["model.fc.weight"]
     adapter(batches[0])
+    assert torch.equal(adapter.state_dict()["model.fc.weight"], before)
 
 
 def test_the_average_is_forgotten_by_a_reset_unless_asked_to_stay(cnn, batches):
