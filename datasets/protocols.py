@@ -498,7 +498,7 @@ def ccc(
     stops = list(islice(walks.stops(walks.pairs(names, seed), accuracies, target), math.ceil(count / speed)))
     chosen = walks.arrivals(len(clean.index), len(stops), speed, seed)[:count]
     name = "ccc" if accuracies.calibration is None else "ccc-style"
-    walk = walks.Walk(name, clean, chosen, stops, speed, recipe=recipe, seed=seed, matrix=accuracies)
+    walk = walks.Walk(name, clean, chosen, stops, speed, recipe=recipe, seed=seed, target=target, matrix=accuracies)
     return [walk], replace(_one_stream(_samples([walk]), batch_size), protocol=name)
 
 

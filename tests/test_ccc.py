@@ -216,7 +216,8 @@ def test_the_stream_is_printed_and_drawn_before_an_image_is_read(monkeypatch, tm
     monkeypatch.setattr("tta.datasets.ccc.corrupt", fail)
     stream = make(corruptions=["fog", "snow", "contrast"], target=40)
     assert "protocol ccc (reset never)" in str(stream)
-    assert "two corruptions at a time: " in str(stream)
+    assert "two corruptions at a time, from scikit-learn's digits: " in str(stream)
+    assert "% by the given matrix (target 40 %)" in str(stream)
     above, _ = schedule(stream).axes
     assert len(above.patches) == 3
     assert above.get_ylim() == (0, 5)

@@ -296,7 +296,7 @@ def _make_stream(request: Request) -> Any:
     defaults.pop("batch_size", None)
     settings = {**defaults, **request.stream_settings}
     if run.protocol == "ccc" and "matrix" not in settings:
-        settings = {"cache": CALIBRATIONS, **settings, **_calibration(request)}
+        settings = {"cache": CALIBRATIONS, **_calibration(request), **settings}
     return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
 
 
