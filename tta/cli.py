@@ -294,6 +294,8 @@ def _make_stream(request: Request) -> Any:
         reset_period(run.reset)
     batch_size = run.batch_size or defaults.pop("batch_size", 64)
     defaults.pop("batch_size", None)
+    if run.protocol == "ccc":
+        defaults.pop("severity", None)  # its severities change
     settings = {**defaults, **request.stream_settings}
     if run.protocol == "ccc" and "matrix" not in settings:
         settings = {"cache": CALIBRATIONS, **_calibration(request), **settings}
