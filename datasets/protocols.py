@@ -458,6 +458,9 @@ def ccc(
     follows on another: one ends at its second corruption alone, the next starts at that corruption alone, at a severity
     that may differ. One domain, one row: the error over the whole stream, as published. Batches cross stops.
 
+    A pair under which a model never comes near the target has the nearest path there is, far from it (digits hardly suffer
+    from jpeg_compression and zoom_blur): the stream, printed, tells the accuracy to expect. Leave such corruptions out.
+
     The pairs are those of the released code from the same seed (43, 44, 45 there), the paths too from its matrix. Which
     images come is not: there it hangs on the draws of the corruptions before. Here the images come as the stream has them,
     there a random crop of each, mirrored at random, stored as JPEG; and as many as are asked for, there a last file of
