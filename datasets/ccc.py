@@ -202,7 +202,7 @@ class AccuracyMatrix:
     def save(self, file: str | Path) -> None:
         """Write the matrices as ``.npz``; a reader sees the old file or the whole new one."""
         file = Path(file)
-        arrays = {f"n1_{first}_n2_{second}": values for (first, second), values in self.of_pair.items()}
+        arrays: dict[str, Any] = {f"n1_{first}_n2_{second}": values for (first, second), values in self.of_pair.items()}
         if self.calibration is not None:
             arrays["calibration"] = np.array(json.dumps(self.calibration))
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ class Calibration(AccuracyMatrix):
         }
         super().__init__({}, how)
         self._model, self._images, self._labels = model, images, labels
-        self._settings = {"recipe": recipe, "seed": seed}
+        self._settings: dict[str, Any] = {"recipe": recipe, "seed": seed}
         self._levels = range(0, LEVELS, int(grid * QUARTERS))
         self._progress = progress or iter
         self._file: Path | None = None

@@ -484,7 +484,8 @@ def ccc(
     _require(total is None or total >= 1, "total", total, "1 or more")
     _require(per_cell >= 1, "per_cell", per_cell, "1 or more")
     names, clean = _pool(domains, target)
-    recipe = recipe or getattr(domains[0], "recipe", "imagenet")
+    if recipe is None:
+        recipe = str(getattr(domains[0], "recipe", "imagenet"))
     accuracies = _given(matrix)
     if accuracies is None and model is None:
         raise ValueError(
