@@ -222,7 +222,8 @@ class Calibration(AccuracyMatrix):
         recipe: of the corruptions, see :func:`tta.datasets.corrupt`.
         seed: of the corruptions' draws.
         grid: distance of the severities that are measured; the accuracies in between are interpolated linearly. 0.25
-            measures all 441 of a pair, as published, 1 the 36 whole ones.
+            measures all 441 of a pair, as published, 1 the 36 whole ones. Where accuracy falls steeply in between, the
+            stream's is off by as much as 6 points with 0.5 and 11 with 1 (digits, contrast).
         cache: a folder where what was measured is kept, in a file named by the model's weights, the images and these
             settings; needs an ``nn.Module``.
         progress: wraps the cells of a pair while they are measured, as a progress bar does.
@@ -239,7 +240,7 @@ class Calibration(AccuracyMatrix):
         *,
         recipe: str = "imagenet",
         seed: int = 0,
-        grid: float = 1.0,
+        grid: float = 0.5,
         cache: str | PurePath | None = None,
         progress: Progress | None = None,
     ) -> None:

@@ -445,7 +445,7 @@ def ccc(
     matrix: Any = None,
     model: Any = None,
     per_cell: int = 200,
-    grid: float = 1.0,
+    grid: float = 0.5,
     recipe: str | None = None,
     cache: str | PurePath | None = None,
     progress: Any = None,
