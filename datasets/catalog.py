@@ -24,6 +24,9 @@ STREAMS = {
 }
 
 
+UNTOLD = ("model", "cache", "progress")  # what a stream takes from them its domains tell, or they change nothing of it
+
+
 def stream(
     name: str | Mapping[str, Dataset[Any]],
     *,
@@ -85,9 +88,9 @@ def stream(
         rows,
         batch_size=schedule.batch_size,
         seed=seed,
-        protocol=protocol,
+        protocol=schedule.protocol or protocol,
         reset=reset,
-        settings={key: _told(value) for key, value in settings.items()},
+        settings={key: _told(value) for key, value in settings.items() if key not in UNTOLD},
         schedule=schedule,
     )
 

@@ -79,6 +79,8 @@ class PublishedImages:
         severity: 1 to 5.
     """
 
+    recipe = "cifar"
+
     def __init__(self, name: str, file: Path, labels: Tensor, severity: int) -> None:
         self.name = name
         self.labels = labels

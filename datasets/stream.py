@@ -53,6 +53,7 @@ class Schedule:
         paused: for each batch whether it is predicted without learning; empty where none is.
         cost: time that learning from a batch takes, in batches of the stream: a slow method misses
             some (:func:`tta.evaluate`). ``"measured"``: found in a warm-up.
+        protocol: the protocol's name in results where it is not the one it was asked for by.
     """
 
     order: Tensor
@@ -60,6 +61,7 @@ class Schedule:
     batch_size: int
     paused: tuple[bool, ...] = ()
     cost: float | str = 1.0
+    protocol: str | None = None
 
 
 def check(domains: Sequence[Domain], batch_size: int) -> None:

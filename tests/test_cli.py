@@ -105,7 +105,7 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(words, message, tmp_path,
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(ValueError, match="severity is 1"):
+    with pytest.raises(ValueError, match="severity is 0"):
         run("severity=9", "--debug", "--out", str(tmp_path))
 
 

@@ -20,6 +20,7 @@ from tta import config
 
 STREAM = "digits-c"
 BASELINE = "source"
+CALIBRATIONS = "runs/calibrations"  # where protocol ccc keeps what it measured
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
@@ -33,6 +34,7 @@ settings:   lr=1e-3            every method named that has the key
                                precision, accelerator, num_workers
 source:     source=FILE        what methods such as eata may know of the source domain, saved by `tta source`, or a folder
                                of images; left out, the stream's own source images where it has them
+ccc:        protocol=ccc matrix=FILE, or without one calibrated on the run's model: target=20 speed=1000 total=7500000
 example:    tta run digits-c source tent severity=3 tent.lr=5e-3 seed=1 --out runs/mine
 """
 
@@ -292,8 +294,32 @@ def _make_stream(request: Request) -> Any:
         reset_period(run.reset)
     batch_size = run.batch_size or defaults.pop("batch_size", 64)
     defaults.pop("batch_size", None)
+    if run.protocol == "ccc":
+        defaults.pop("severity", None)  # its severities change
     settings = {**defaults, **request.stream_settings}
+    if run.protocol == "ccc" and "matrix" not in settings:
+        settings = {"cache": CALIBRATIONS, **_calibration(request), **settings}
     return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
+
+
+def _calibration(request: Request) -> dict[str, Any]:
+    """What protocol ``ccc`` needs where it is given no matrix: a source model, which comes before the stream then."""
+    import torch
+
+    import tta
+
+    spec, console = _model_specs(request)[0], Console(stderr=True)
+    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
+    if request.run.accelerator != "cpu" and torch.cuda.is_available():
+        model.cuda()
+    console.print(
+        f"No accuracy matrix given: calibrating on {spec}; the protocol is called ccc-style.", highlight=False
+    )
+
+    def progress(cells: Any) -> Any:
+        return track(cells, "calibrating", console=console, transient=True, disable=not console.is_terminal)
+
+    return {"model": model, "progress": progress}
 
 
 def _make_adapters(request: Request) -> list[tuple[str, Any]]:
