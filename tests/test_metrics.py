@@ -13,6 +13,7 @@ import tta
 from tta import metrics
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.predictions import Predictions
+from tta.record import Record
 from tta.results import Row
 
 
@@ -282,3 +283,46 @@ def test_metrics_of_a_run_are_those_of_its_logits(runs):
     assert "auroc" not in run.metrics["domains"]["a"]
     assert run.metrics["images_per_second"] == pytest.approx(150 / run.seconds)
     assert 50 < run.metrics["peak_memory_mb"] < 100_000
+
+
+def test_a_method_that_scores_only_some_batches_gave_no_scores():
+    class Scoring(tta.Adapter):
+        """Says of dark images that they are unknown."""
+
+        config: tta.Config
+
+        def adapt(self, x):
+            return tta.Output(self.predict(x), -x.mean((1, 2, 3)))
+
+    images, labels = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
+    images[::2] *= 0.5
+    labels[::2] = -1
+    stream = tta.stream({"a": TensorDataset(images, labels)}, batch_size=10)
+    adapter = tta.adapt(tta.load_model("digits-cnn"), Scoring)
+    result = tta.evaluate(adapter, stream, progress=False)
+    assert result.metrics["auroc"] == 100
+    assert result.metrics["outlier_score"] == "the method's own"
+    np.testing.assert_allclose(result.predictions.outlier_score, -images.mean((1, 2, 3)))
+    half = tta.evaluate(adapter, stream, progress=False, cost=2)  # every second batch is only predicted
+    assert half.predictions.outlier_score is None
+    assert half.metrics["outlier_score"] == "1 - max probability"
+    assert half.metrics["auroc"] == pytest.approx(
+        100 * roc_auc_score(half.predictions.label == -1, 1 - half.predictions.confidence), rel=1e-6
+    )
+
+
+def test_logits_are_reduced_a_chunk_at_a_time(monkeypatch, runs):
+    monkeypatch.setattr("tta.record.WAITING", 300)  # of 16 x 10: two batches
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(150, 3, 32, 32, generator=generator), torch.randint(0, 10, (150,), generator=generator)
+    record, adapter = Record(), tta.adapt(tta.load_model("digits-cnn"), "source")
+    waiting = []
+    for batch in tta.stream({"a": TensorDataset(images, labels)}, batch_size=16):
+        record.add(batch, adapter.step(batch.images))
+        waiting.append(len(record._waiting))
+    assert max(waiting) <= 2
+    found = record.predictions()
+    assert (found.prediction == runs[0].predictions.prediction).all()
+    np.testing.assert_allclose(found.entropy, runs[0].predictions.entropy, rtol=1e-5)
+    assert (found.batch == np.arange(150) // 16).all()
+    assert record.wrong_and_known() == (int((found.prediction != found.label).sum()), 150)

@@ -57,10 +57,10 @@ class Passes:
         )  # hooks are copied with a model: a copy of the adapter, tried out on the side, counts for itself
 
     def _forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        images = _images(args[0])
+        logits: Tensor = getattr(output, "logits", output)
+        images = _images(logits)
         self.forwards += images
-        logits = getattr(output, "logits", output)
-        if isinstance(logits, Tensor) and logits.requires_grad:
+        if logits.requires_grad:
             self._last = images
             logits.register_hook(self._through_logits)
 
@@ -109,9 +109,9 @@ def _models(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
             yield from _models(child, kind)
 
 
-def _images(x: Tensor) -> int:
-    """Images in a batch, those of every view under ``torch.vmap`` too, which shows a model only one of them."""
-    whole, each = x, math.prod(x.shape[1:])
+def _images(logits: Tensor) -> int:
+    """Images that logits (batch, classes) are of: all views under ``torch.vmap``, which shows a model only one of them."""
+    whole = logits
     while torch._C._functorch.is_batchedtensor(whole):
         whole = torch._C._functorch.get_unwrapped(whole)
-    return whole.numel() // each
+    return whole.numel() // math.prod(logits.shape[1:])
