@@ -1,6 +1,7 @@
 """Passes in images: for every method what its algorithm implies, and that counting changes nothing."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,4 +127,5 @@ def test_peak_memory_is_that_of_the_run():
     del block
     forget_peak_memory(device)
     assert with_it > 200
-    assert peak_memory_mb(device) <= with_it
+    if Path("/proc/self/clear_refs").exists():
+        assert peak_memory_mb(device) < with_it - 150

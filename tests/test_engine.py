@@ -106,7 +106,7 @@ def test_logger_gets_the_errors(cnn, stream, tmp_path):
 
 def test_clean_images_are_predicted_before_and_after(cnn, stream, golden_images, golden_labels):
     clean = tta.stream({"clean": TensorDataset(golden_images[:48], golden_labels[:48])}, batch_size=16)
-    adapter, alone = tta.adapt(cnn, "cotta", views=2, lr=0.01), tta.adapt(cnn, "cotta", views=2, lr=0.01)
+    adapter, alone = (tta.adapt(cnn, "cotta", views=2, lr=0.05, mt_alpha=0.5) for _ in range(2))
     result = tta.evaluate(adapter, stream, progress=False, clean=clean)
     plain = tta.evaluate(alone, stream, progress=False)
     assert (result.predictions.prediction == plain.predictions.prediction).all()
@@ -179,7 +179,7 @@ def test_manifest_says_what_would_reproduce_the_result(cnn, stream):
 def test_progress_shows_domain_error_and_speed_and_is_refreshed_seldom(cnn, stream, monkeypatch):
     updates = []
     monkeypatch.setattr("rich.progress.Progress.update", lambda self, task, **fields: updates.append(fields))
-    clock = iter(n * 0.1 for n in range(10_000))
+    clock = iter(n * 0.05 for n in range(10_000))  # read twice a batch
     monkeypatch.setattr("tta.engine.time.perf_counter", lambda: next(clock))
     tta.evaluate(tta.adapt(cnn, "source"), stream)
     assert OnlineProgress.REFRESH_SECONDS == 0.25

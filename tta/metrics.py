@@ -304,8 +304,8 @@ class ClassEntropy(Metric):
         self.counts += logits.argmax(dim=1).bincount(minlength=len(self.counts))
 
     def compute(self) -> Tensor:
-        """The entropy; 0 before the first batch."""
-        shares = self.counts / self.counts.sum().clamp(min=1)
+        """The entropy; NaN where there was no sample."""
+        shares = self.counts / self.counts.sum()
         return -torch.special.xlogy(shares, shares).sum()
 
 
