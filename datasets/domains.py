@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from tta import fingerprint
 from tta.datasets.corruptions import constants, corrupt
@@ -254,7 +254,8 @@ class DatasetImages:
     """A user's own dataset as a domain: anything indexable that gives ``(image, label)``.
 
     Images may be PIL images or tensors (3, height, width), uint8 or floating point in [0, 1]. Labels are read from an
-    attribute ``targets`` or ``labels`` where the dataset has one, else from the samples, once.
+    attribute ``targets`` or ``labels`` where the dataset has one, else from the samples, once. A ``TensorDataset`` is
+    read batch by batch, and without a copy where the positions follow one another.
 
     Args:
         name: of the domain.
@@ -277,6 +278,8 @@ class DatasetImages:
     def labels(self) -> Tensor:
         if self._labels is None:
             known = getattr(self.dataset, "targets", getattr(self.dataset, "labels", None))
+            if isinstance(self.dataset, TensorDataset) and len(self.dataset.tensors) > 1:
+                known = self.dataset.tensors[1]
             if known is None or len(known) != len(self.dataset):
                 known = [int(self._sample(i)[1]) for i in range(len(self.dataset))]
             self._labels = torch.as_tensor(known, dtype=torch.int64)
@@ -284,6 +287,11 @@ class DatasetImages:
 
     def images(self, positions: Tensor) -> Tensor:
         """Images at these positions, stacked."""
+        if isinstance(self.dataset, TensorDataset) and len(positions):
+            self._image(int(positions[0]))  # refuses what is no image
+            images, first = self.dataset.tensors[0], int(positions[0])
+            run = torch.equal(positions, torch.arange(first, first + len(positions)))
+            return images[first : first + len(positions)] if run else images[positions]
         return torch.stack([self._image(int(i)) for i in positions])
 
     def describe(self) -> dict[str, Any]:

@@ -118,3 +118,15 @@ def test_manifest_hash_sees_one_changed_pixel():
 def test_mistakes_are_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_a_tensor_dataset_is_read_batch_by_batch_and_runs_of_it_are_not_copied() -> None:
+    images, labels = torch.rand(10, 3, 4, 4), torch.arange(10) % 3
+    stream = tta.stream({"night": TensorDataset(images, labels)}, batch_size=4)
+    batches = list(stream)
+    assert [len(batch.images) for batch in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), images)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), labels)
+    assert batches[1].images.data_ptr() == images[4:].data_ptr()
+    shuffled = stream.domains[0].images(torch.tensor([7, 2, 3]))
+    assert torch.equal(shuffled, images[[7, 2, 3]])
