@@ -207,7 +207,7 @@ class Result:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         arrays, table = target / "predictions.npz", target / "curves.parquet"
-        columns = {} if self.predictions is None else dict(self.predictions.columns())
+        columns: dict[str, Any] = {} if self.predictions is None else dict(self.predictions.columns())
         if columns:
             _write(arrays, lambda stream: np.savez_compressed(stream, **columns))
         else:
