@@ -181,6 +181,17 @@ class Stream(Dataset[Batch]):
             stored = self[batch]
             yield stored._replace(images=to_float(stored.images))
 
+    def clean(self) -> "Stream":
+        """The source domain, in batches of the same size: the images of the first domain without what was done to them.
+
+        Raises:
+            ValueError: the images came damaged, there are no others.
+        """
+        undamaged = getattr(self.domains[0], "clean", None)
+        if undamaged is None:
+            raise ValueError(f"Domain '{self.domains[0].name}' of stream '{self.name}' has no clean images.")
+        return Stream(self.name, [undamaged()], batch_size=self.batch_size, seed=self.seed, protocol="clean")
+
     @property
     def origins(self) -> list[str]:
         """Where the images come from, in words, each origin once."""

@@ -14,6 +14,7 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.sharpness tta.fingerprint"
 ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source"
 ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine numpy"
+MEASURING = "tta.metrics tta.curves tta.cost tta.record tta.predictions"
 
 # module -> what it may import besides the standard library. A row `x.*` speaks for the modules inside package x.
 # Nothing names tta.report or tta.cli but the two that may; a new module of tta/ needs a row of its own.
@@ -35,9 +36,14 @@ MAY_IMPORT = {
     "tta.models": f"{TOOLS} timm torchvision safetensors tta.networks",
     "tta.config": "omegaconf yaml tta.adapter",
     "tta.configs": "",
-    "tta.results": f"{ADAPTER} numpy tta.config tta.models",
-    "tta.intervals": "numpy tta.results",
-    "tta.engine": f"{ADAPTER} lightning torchmetrics rich tta.config tta.results tta.methods tta.datasets.*",
+    "tta.predictions": "numpy",
+    "tta.curves": "numpy pyarrow tta.predictions",
+    "tta.results": f"{ADAPTER} numpy pandas tta.config tta.models tta.curves tta.predictions",
+    "tta.intervals": "numpy tta.predictions tta.results",
+    "tta.metrics": "torch torchmetrics numpy tta.curves tta.predictions tta.results",
+    "tta.cost": "torch tta.adapter",
+    "tta.record": "torch tta.adapter tta.metrics tta.predictions tta.datasets.*",
+    "tta.engine": f"{ADAPTER} lightning rich tta.config tta.results tta.methods tta.datasets.* {MEASURING}",
     "tta.report": f"{ANYTHING} rich pandas matplotlib tta.datasets.*",
     "tta.plots": "numpy torch matplotlib tta.datasets.*",
     "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report tta.plots",
@@ -161,7 +167,7 @@ def test_nothing_imports_the_folders_by_their_bare_names() -> None:
 
 
 def test_import_tta_is_light() -> None:
-    heavy = ["torch", "lightning", "torchmetrics", "torchvision", "timm", "omegaconf", "pandas", "sklearn"]
+    heavy = ["torch", "lightning", "torchmetrics", "torchvision", "timm", "omegaconf", "pandas", "pyarrow", "sklearn"]
     code = f"import sys, tta; print(*(name for name in {heavy} if name in sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert loaded == []

@@ -44,6 +44,19 @@ def test_table_reads_what_run_wrote(tmp_path, capsys):
         assert sign in capsys.readouterr().out
 
 
+def test_clean_images_and_metrics(tmp_path, capsys):
+    assert run("source", "norm", "clean=true", "--out", str(tmp_path)) == 0
+    (file,) = tmp_path.rglob("norm/result.json")
+    found = json.loads(file.read_text())["metrics"]
+    assert 0 <= found["source_error_before"] == found["source_error_after"] < 50
+    assert file.with_name("curves.parquet").is_file()
+    capsys.readouterr()
+    assert main(["table", str(tmp_path), "--metrics", "ece,forwards_per_image"]) == 0
+    assert re.search(r"forwards_per_image +1\.000 +1\.000", capsys.readouterr().out)
+    assert main(["table", str(tmp_path), "--metrics", "ecee"]) == 2
+    assert "No result has a metric 'ecee'" in capsys.readouterr().err
+
+
 def test_diff_names_what_differs(tmp_path, capsys):
     run("tent", "--out", str(tmp_path / "a"))
     run("tent", "lr=0.5", "--out", str(tmp_path / "b"))

@@ -31,7 +31,7 @@ settings:   lr=1e-3            every method named that has the key
             tent.lr=1e-3       one method
             stream.severity=3  the stream, and its protocol's parameters (protocol=correlated delta=0.1)
             model=digits-vit   the rest: model, checkpoint, source, preset, protocol, reset, seed, batch_size,
-                               precision, accelerator, num_workers
+                               precision, accelerator, num_workers, clean (true: predict clean images before and after)
 source:     source=FILE        what methods such as eata may know of the source domain, saved by `tta source`, or a folder
                                of images; left out, the stream's own source images where it has them
 ccc:        protocol=ccc matrix=FILE, or without one calibrated on the run's model: target=20 speed=1000 total=7500000
@@ -67,6 +67,7 @@ class RunConfig:
     precision: str = "32-true"
     accelerator: str = "auto"
     num_workers: int = 0
+    clean: bool = False
 
 
 @dataclasses.dataclass
@@ -139,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv, html")
+    table.add_argument(
+        "--metrics",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,...",
+        help="such as ece,nll,forwards",
+    )
     table.set_defaults(action=_table)
 
     diff = commands.add_parser("diff", parents=[common], help="name the fields in which two results differ")
@@ -168,6 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with _usage():
         request = parse_request(arguments.words)
         stream = _make_stream(request)
+        clean = stream.clean() if request.run.clean else None
         adapters = _make_adapters(request)
 
     _keep_freed_memory()
@@ -189,6 +198,7 @@ def _run(arguments: argparse.Namespace) -> int:
             precision=run.precision,
             accelerator=run.accelerator,
             num_workers=run.num_workers,
+            clean=clean,
             progress=console.is_terminal,
         )
         folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
@@ -455,7 +465,7 @@ def _table(arguments: argparse.Namespace) -> int:
     from tta.results import find_results
 
     with _usage():
-        comparison = tta.compare(find_results(arguments.folders))
+        comparison = tta.compare(find_results(arguments.folders), metrics=arguments.metrics)
         if arguments.format == "terminal":
             Console().print(comparison)
         else:
