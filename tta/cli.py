@@ -40,6 +40,7 @@ SOURCE_HELP = """\
 Record what methods must know of the source domain, so that they run without source images: one pass, one file.
 
 DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
+METHOD:     any, and the stream they will run on, where the model answers with some of its classes there (imagenet-r)
 settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
 example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
             tta run digits-c eata actmad source=source.safetensors
@@ -166,7 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with _usage():
         request = parse_request(arguments.words)
         stream = _make_stream(request)
-        adapters = _make_adapters(request)
+        adapters = _make_adapters(request, stream)
 
     _keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -286,7 +287,8 @@ def _make_stream(request: Request) -> Any:
     from tta.engine import reset_period
 
     defaults = config.load("stream", request.stream)
-    defaults.pop("models", None)
+    for of_run in ("models", "preset"):
+        defaults.pop(of_run, None)
     run = request.run
     if run.reset is not None:
         reset_period(run.reset)
@@ -296,11 +298,10 @@ def _make_stream(request: Request) -> Any:
     return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
 
 
-def _make_adapters(request: Request) -> list[tuple[str, Any]]:
+def _make_adapters(request: Request, stream: Any) -> list[tuple[str, Any]]:
     """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
-    import tta
 
-    models = {spec: tta.load_model(spec, checkpoint=request.run.checkpoint) for spec in _model_specs(request)}
+    models = {spec: _load_model(spec, request, stream.classes) for spec in _model_specs(request)}
     made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
     for method in request.methods:
         if method != BASELINE:
@@ -310,6 +311,14 @@ def _make_adapters(request: Request) -> list[tuple[str, Any]]:
         for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
             made[spec].insert(0, (BASELINE, _make_adapter(models[spec], BASELINE, request)))
     return [pair for pairs in made.values() for pair in pairs]
+
+
+def _load_model(spec: str, request: Request, classes: Any) -> Any:
+    """The model of a spec; it gives the logits of the stream's classes alone where they are some of a larger model's."""
+    import tta
+
+    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
+    return model if classes is None or classes.logits is None else model.select_logits(classes.logits, classes.of)
 
 
 def _on_first_supported(models: dict[str, Any], method: str, request: Request) -> tuple[str, Any]:
@@ -335,10 +344,11 @@ def _model_specs(request: Request) -> list[str]:
 
 
 def _preset(method: str, request: Request) -> str | None:
-    """The preset asked for, else the one of the stream's name where the method has it."""
+    """The preset asked for, else the stream's, or the one of its name, where the method has it."""
     if request.run.preset:
         return request.run.preset
-    return request.stream if request.stream in config.load("method", method) else None
+    name = config.load("stream", request.stream).get("preset", request.stream)
+    return name if name in config.load("method", method) else None
 
 
 def _make_adapter(model: Any, method: str, request: Request) -> Any:
@@ -396,7 +406,7 @@ def _source(arguments: argparse.Namespace) -> int:
         request = parse_request([*of_stream, *arguments.words])
         if request.stream_settings:
             raise UsageError(f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none.")
-        model = tta.load_model(arguments.model, checkpoint=request.run.checkpoint)
+        model = _load_model(arguments.model, request, catalog.classes_of(request.stream))
         needs: list[Any] = []
         for name in request.methods:
             needs += [need for need in _source_needs(model, name, request) if need not in needs]

@@ -98,6 +98,7 @@ def evaluate(
         )
         if trainer.strategy.root_device.type != "cpu":
             module.finish = stream.finish
+        module.check_logits = stream.check_logits
         trainer.test(module, stream.loader(num_workers, unfinished=module.finish is not None), verbose=False)
     adapter.to(device)
     predictions = module.predictions()
@@ -222,6 +223,7 @@ class OnlineModule(pl.LightningModule):
         self.seconds = 0.0
         self.device_name = "cpu"
         self.finish: Callable[[Batch], Batch] | None = None  # what remains to be done to images once they are here
+        self.check_logits: Callable[[int], None] | None = None  # raises where the model has other classes
         self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._last_domain = -1
         self._skipped = 0
@@ -253,6 +255,8 @@ class OnlineModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         logits = self._predict_and_learn(batch, batch_idx)
+        if batch_idx == 0 and self.check_logits is not None:
+            self.check_logits(logits.shape[1])
         self._seen.append((batch.domain, batch.index, batch.labels, logits.argmax(1)))
         return {"logits": logits}
 
