@@ -20,6 +20,11 @@ from tta.datasets.stream import Stream, check
 # name -> the module of this folder whose `domains(...)`, or function named, makes the stream's domains; what it is in a line
 STREAMS = {
     "cifar10-c": ("cifar_c", "CIFAR-10-C as published, or generated from clean CIFAR-10"),
+    "cifar100-c": ("cifar_c:cifar100", "CIFAR-100-C as published, or generated from clean CIFAR-100"),
+    "cifar10.1": ("cifar10_1", "CIFAR-10.1, new test images of CIFAR-10's classes"),
+    "imagenet-c": ("imagenet_c", "ImageNet-C as published, all images or those of a list"),
+    "imagenet-3dcc": ("imagenet_c:three_d", "ImageNet-3DCC as published, twelve corruptions in three dimensions"),
+    "tiny-imagenet-c": ("imagenet_c:tiny", "Tiny-ImageNet-C as published"),
     "imagefolder": ("imagefolder", "your own folder CLASS/IMAGE, or DOMAIN/CLASS/IMAGE"),
     "imagefolder-c": ("imagefolder:corrupted", "your own folder CLASS/IMAGE, corrupted as the images are needed"),
     "digits-c": ("digits_c", "scikit-learn's digits, 800 held-out images, corrupted as they are needed"),
