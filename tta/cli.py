@@ -1,4 +1,4 @@
-"""The ``tta`` command: run, source, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, source, corrupt, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
@@ -44,6 +44,16 @@ METHOD:     any, and the stream they will run on, where the model answers with s
 settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
 example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
             tta run digits-c eata actmad source=source.safetensors
+"""
+
+CORRUPT_HELP = """\
+Write a corrupted copy of images, laid out and saved as the published sets are. Stopped, it goes on where it was.
+
+SRC:        a folder CLASS/IMAGE; clean CIFAR as torchvision downloads it; or an .npy file, uint8 (n, height, width, 3)
+DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json tells how it was made
+settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a folder's images resize=256 crop=224
+            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless)
+example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
 """
 
 
@@ -134,6 +144,19 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("words", nargs="+", metavar="METHOD|KEY=VALUE")
     source.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="where to write the statistics")
     source.set_defaults(action=_source)
+
+    corrupt = commands.add_parser(
+        "corrupt",
+        parents=[common],
+        help="write a corrupted copy of a folder of images or of CIFAR",
+        description=CORRUPT_HELP,
+        formatter_class=raw,
+    )
+    corrupt.add_argument("source", type=Path, metavar="SRC")
+    corrupt.add_argument("target", type=Path, metavar="DST")
+    corrupt.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    corrupt.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one alone)")
+    corrupt.set_defaults(action=_corrupt)
 
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
@@ -428,6 +451,32 @@ def _source(arguments: argparse.Namespace) -> int:
         at = f"{len(entry.need.layers)} layers, {entry.need.statistics} statistics"
         console.print(f"{entry.need.kind} of {entry.images} images ({at})", highlight=False)
     console.print(f"Statistics: {arguments.out}", highlight=False)
+    return 0
+
+
+# ---------------------------------------------------------------------- corrupt
+
+
+def _corrupt(arguments: argparse.Namespace) -> int:
+    from tta.datasets.write import write_corrupted
+
+    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality")
+    settings = {}
+    for word in arguments.words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise UsageError(f"'{word}' is no setting.{config.nearest(key, known)} There are: {', '.join(known)}.")
+        settings[key] = config.parse(text)
+    console = Console(stderr=True)
+
+    def progress(steps: Any, total: int) -> Any:
+        return track(steps, "corrupting", total=total, console=console, disable=not console.is_terminal)
+
+    with _usage():
+        written = write_corrupted(
+            arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
+        )
+    console.print(f"{written} images written to {arguments.target}", highlight=False)
     return 0
 
 
