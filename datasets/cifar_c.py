@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import functional as F
 
 from tta import fingerprint
 from tta.datasets.corruptions import CORRUPTIONS
@@ -261,8 +262,8 @@ def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
 
 def _decode(file: Path) -> Tensor:
     try:
-        image = decode_image(read_file(str(file)), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
+        image = F.pil_to_tensor(pil_loader(file))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow: a broken PNG is a SyntaxError
         raise ValueError(f"'{file}' is not an image that can be decoded ({error}).") from None
     if image.shape != (3, 32, 32):
         raise ValueError(f"'{file}' is {image.shape[1]} x {image.shape[2]} pixels; expected 32 x 32.")

@@ -30,7 +30,7 @@ class Classes(NamedTuple):
         of: outputs of that model.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is of no use here
     logits: tuple[int, ...] | None = None
     of: int | None = None
 

@@ -131,7 +131,8 @@ def _by_wnid(
     crop: int | None,
 ) -> list[FileImages]:
     """One domain of folders named by the WordNet ids of its classes."""
-    wnids = WNIDS if CLASSES_OF[name].logits is None else [WNIDS[output] for output in CLASSES_OF[name].logits]
+    outputs = CLASSES_OF[name].logits
+    wnids = WNIDS if outputs is None else [WNIDS[output] for output in outputs]
     folder = find_folder(
         root,
         folders,
