@@ -213,7 +213,7 @@ class Stream(Dataset[Batch]):
                 "makes one of tta.load_model give those, before tta.adapt; let a model of yours return "
                 "logits[:, stream.classes.logits]."
                 if classes.logits is not None
-                else ""
+                else " Take a model of these classes; of a folder of your own, class_map= says which outputs they are."
             )
             raise ValueError(
                 f"Stream '{self.name}' has {classes.count} classes; the model gives {count} logits.{select}"
