@@ -3,7 +3,7 @@
 import math
 import mmap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,13 +21,27 @@ def to_float(images: Tensor) -> Tensor:
     return images / 255 if images.dtype == torch.uint8 else images
 
 
+class Classes(NamedTuple):
+    """What the labels of a domain count, where a model of another number of classes would be scored wrongly.
+
+    Attributes:
+        count: logits that the source model gives, one for each label.
+        logits: which outputs of a model of more classes they are, in order; None where they are all of its outputs.
+        of: outputs of that model.
+    """
+
+    count: int  # type: ignore[assignment]  # tuple.count is of no use here
+    logits: tuple[int, ...] | None = None
+    of: int | None = None
+
+
 class Domain(Protocol):
     """One condition of the target stream. Its labels are known without decoding an image: orders need them.
 
     A domain whose images are made from others may also have ``stored(positions)`` and ``finish(stored, index)``: what
     there is before the making, and the making itself, which then runs on the device of the adapter. One that has a
     ``severity`` also has ``at(severity)``, the same images at another, ``clean()``, the same images undamaged, and
-    ``recipe``, that of its corruption.
+    ``recipe``, that of its corruption. One that knows its :class:`Classes` has them as ``classes``.
     """
 
     name: str
@@ -56,6 +70,7 @@ class CorruptedImages:
         seed: of the draws.
         recipe: whose constants, see :func:`tta.datasets.corrupt`.
         origin: where the clean images come from, in words.
+        classes: what the labels count, where known.
 
     Raises:
         ValueError: an unknown corruption, severity or recipe.
@@ -72,9 +87,11 @@ class CorruptedImages:
         seed: int,
         recipe: str = "cifar",
         origin: str = "clean images",
+        classes: Classes | None = None,
     ) -> None:
         constants(name, severity, recipe)  # refuses what there is not, now and not at the first image
         self.name = name
+        self.classes = classes
         self.labels = labels
         self.index = index
         self.severity = severity
@@ -107,7 +124,15 @@ class CorruptedImages:
     def at(self, severity: float) -> "CorruptedImages":
         """The same images under the same corruption at another severity."""
         settings = {**self._settings, "severity": severity}
-        return CorruptedImages(self.name, self._clean, self.labels, self.index, **settings, origin=self._clean_origin)
+        return CorruptedImages(
+            self.name,
+            self._clean,
+            self.labels,
+            self.index,
+            **settings,
+            origin=self._clean_origin,
+            classes=self.classes,
+        )
 
     def clean(self) -> "CleanImages":
         """The same images without the corruption."""
@@ -130,11 +155,15 @@ class CleanImages:
         labels: (n,), int64.
         index: (n,), int64, image numbers.
         origin: where they come from, in words.
+        classes: what the labels count, where known.
     """
 
     name = "clean"
 
-    def __init__(self, images: Tensor, labels: Tensor, index: Tensor, *, origin: str) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, index: Tensor, *, origin: str, classes: Classes | None = None
+    ) -> None:
+        self.classes = classes
         self.labels = labels
         self.index = index
         self.origin = f"not corrupted: {origin}"
@@ -212,6 +241,7 @@ class WithOutliers:
         self.labels = torch.cat([domain.labels, torch.full((count,), UNKNOWN)])
         first = int(domain.index.max()) + 1 if len(domain.index) else 0
         self.index = torch.cat([domain.index, torch.arange(first, first + count)])
+        self.classes = getattr(domain, "classes", None)
         self._parts = domain, outliers
 
     def images(self, positions: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tta import fingerprint
-from tta.datasets.domains import Domain, gather, to_float
+from tta.datasets.domains import Classes, Domain, gather, to_float
 
 
 class Batch(NamedTuple):
@@ -198,6 +198,41 @@ class Stream(Dataset[Batch]):
         return list(dict.fromkeys(domain.origin for domain in self.domains))
 
     @property
+    def classes(self) -> Classes | None:
+        """What the labels count, where the domains know it.
+
+        Raises:
+            ValueError: the domains count different classes.
+        """
+        known = {getattr(domain, "classes", None): domain.name for domain in self.domains}
+        known.pop(None, None)
+        if len(known) > 1:
+            counts = ", ".join(f"{name} {classes.count}" for classes, name in known.items() if classes)
+            raise ValueError(f"The domains of a stream share their classes; here they differ: {counts}.")
+        return next(iter(known), None)
+
+    def check_logits(self, count: int) -> None:
+        """Raise a ValueError unless a model with so many logits is one for the classes of this stream."""
+        classes = self.classes
+        if classes is None:
+            highest = max((int(domain.labels.max()) for domain in self.domains if len(domain.labels)), default=-1)
+            if highest >= count:
+                raise ValueError(
+                    f"Stream '{self.name}' has the label {highest}; the model gives {count} logits, from 0 on."
+                )
+        elif classes.count != count:
+            select = (
+                f" They are {classes.count} of the outputs of a larger model: model.select_logits(stream.classes.logits) "
+                "makes one of tta.load_model give those, before tta.adapt; let a model of yours return "
+                "logits[:, stream.classes.logits]."
+                if classes.logits is not None
+                else " Take a model of these classes; of a folder of your own, class_map= says which outputs they are."
+            )
+            raise ValueError(
+                f"Stream '{self.name}' has {classes.count} classes; the model gives {count} logits.{select}"
+            )
+
+    @property
     def samples(self) -> int:
         """Samples in the whole stream."""
         return len(self.order)
@@ -227,6 +262,7 @@ class Stream(Dataset[Batch]):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "samples": self.samples,
+            "classes": self.classes._asdict() if self.classes else None,
             "settings": self.settings,
             "order": fingerprint.of_tensors([("order", self.order)]),
             "image_ids": fingerprint.of_tensors((domain.name, domain.index) for domain in self.domains),

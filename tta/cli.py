@@ -1,4 +1,4 @@
-"""The ``tta`` command: run, source, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, source, corrupt, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
@@ -42,9 +42,20 @@ SOURCE_HELP = """\
 Record what methods must know of the source domain, so that they run without source images: one pass, one file.
 
 DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
+METHOD:     any, and the stream they will run on, where the model answers with some of its classes there (imagenet-r)
 settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
 example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
             tta run digits-c eata actmad source=source.safetensors
+"""
+
+CORRUPT_HELP = """\
+Write a corrupted copy of images, laid out and saved as the published sets are. Stopped, it goes on where it was.
+
+SRC:        a folder CLASS/IMAGE; clean CIFAR as torchvision downloads it; or an .npy file, uint8 (n, height, width, 3)
+DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json tells how it was made
+settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a folder's images resize=256 crop=224
+            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless)
+example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
 """
 
 
@@ -137,6 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="where to write the statistics")
     source.set_defaults(action=_source)
 
+    corrupt = commands.add_parser(
+        "corrupt",
+        parents=[common],
+        help="write a corrupted copy of a folder of images or of CIFAR",
+        description=CORRUPT_HELP,
+        formatter_class=raw,
+    )
+    corrupt.add_argument("source", type=Path, metavar="SRC")
+    corrupt.add_argument("target", type=Path, metavar="DST")
+    corrupt.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    corrupt.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one alone)")
+    corrupt.set_defaults(action=_corrupt)
+
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv, html")
@@ -177,7 +201,7 @@ def _run(arguments: argparse.Namespace) -> int:
         request = parse_request(arguments.words)
         stream = _make_stream(request)
         clean = stream.clean() if request.run.clean else None
-        adapters = _make_adapters(request)
+        adapters = _make_adapters(request, stream)
 
     _keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -298,7 +322,8 @@ def _make_stream(request: Request) -> Any:
     from tta.engine import reset_period
 
     defaults = config.load("stream", request.stream)
-    defaults.pop("models", None)
+    for of_run in ("models", "preset"):
+        defaults.pop(of_run, None)
     run = request.run
     if run.reset is not None:
         reset_period(run.reset)
@@ -332,11 +357,10 @@ def _calibration(request: Request) -> dict[str, Any]:
     return {"model": model, "progress": progress}
 
 
-def _make_adapters(request: Request) -> list[tuple[str, Any]]:
+def _make_adapters(request: Request, stream: Any) -> list[tuple[str, Any]]:
     """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
-    import tta
 
-    models = {spec: tta.load_model(spec, checkpoint=request.run.checkpoint) for spec in _model_specs(request)}
+    models = {spec: _load_model(spec, request, stream.classes) for spec in _model_specs(request)}
     made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
     for method in request.methods:
         if method != BASELINE:
@@ -346,6 +370,14 @@ def _make_adapters(request: Request) -> list[tuple[str, Any]]:
         for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
             made[spec].insert(0, (BASELINE, _make_adapter(models[spec], BASELINE, request)))
     return [pair for pairs in made.values() for pair in pairs]
+
+
+def _load_model(spec: str, request: Request, classes: Any) -> Any:
+    """The model of a spec; it gives the logits of the stream's classes alone where they are some of a larger model's."""
+    import tta
+
+    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
+    return model if classes is None or classes.logits is None else model.select_logits(classes.logits, classes.of)
 
 
 def _on_first_supported(models: dict[str, Any], method: str, request: Request) -> tuple[str, Any]:
@@ -371,10 +403,11 @@ def _model_specs(request: Request) -> list[str]:
 
 
 def _preset(method: str, request: Request) -> str | None:
-    """The preset asked for, else the one of the stream's name where the method has it."""
+    """The preset asked for, else the stream's, or the one of its name, where the method has it."""
     if request.run.preset:
         return request.run.preset
-    return request.stream if request.stream in config.load("method", method) else None
+    name = config.load("stream", request.stream).get("preset", request.stream)
+    return name if name in config.load("method", method) else None
 
 
 def _make_adapter(model: Any, method: str, request: Request) -> Any:
@@ -432,7 +465,7 @@ def _source(arguments: argparse.Namespace) -> int:
         request = parse_request([*of_stream, *arguments.words])
         if request.stream_settings:
             raise UsageError(f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none.")
-        model = tta.load_model(arguments.model, checkpoint=request.run.checkpoint)
+        model = _load_model(arguments.model, request, catalog.classes_of(request.stream))
         needs: list[Any] = []
         for name in request.methods:
             needs += [need for need in _source_needs(model, name, request) if need not in needs]
@@ -454,6 +487,32 @@ def _source(arguments: argparse.Namespace) -> int:
         at = f"{len(entry.need.layers)} layers, {entry.need.statistics} statistics"
         console.print(f"{entry.need.kind} of {entry.images} images ({at})", highlight=False)
     console.print(f"Statistics: {arguments.out}", highlight=False)
+    return 0
+
+
+# ---------------------------------------------------------------------- corrupt
+
+
+def _corrupt(arguments: argparse.Namespace) -> int:
+    from tta.datasets.write import write_corrupted
+
+    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality")
+    settings = {}
+    for word in arguments.words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise UsageError(f"'{word}' is no setting.{config.nearest(key, known)} There are: {', '.join(known)}.")
+        settings[key] = config.parse(text)
+    console = Console(stderr=True)
+
+    def progress(steps: Any, total: int) -> Any:
+        return track(steps, "corrupting", total=total, console=console, disable=not console.is_terminal)
+
+    with _usage():
+        written = write_corrupted(
+            arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
+        )
+    console.print(f"{written} images written to {arguments.target}", highlight=False)
     return 0
 
 

@@ -111,6 +111,7 @@ def evaluate(
         )
         if trainer.strategy.root_device.type != "cpu":
             module.finish = stream.finish
+        module.check_logits = stream.check_logits
         try:
             trainer.test(module, stream.loader(num_workers, unfinished=module.finish is not None), verbose=False)
         finally:
@@ -243,6 +244,7 @@ class OnlineModule(pl.LightningModule):
         self.metrics: dict[str, Any] = {}
         self.passes = Passes()
         self._record = Record()
+        self.check_logits: Callable[[int], None] | None = None  # raises where the model has other classes
         self._last_domain = -1
         self._skipped = 0
 
@@ -276,6 +278,8 @@ class OnlineModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         output = self._predict_and_learn(batch, batch_idx)
+        if batch_idx == 0 and self.check_logits is not None:
+            self.check_logits(output.logits.shape[1])
         self._record.add(batch, output)
         return {"logits": output.logits}
 

@@ -1,6 +1,7 @@
 """Model specs: a name and a checkpoint become a module that takes images in [0, 1] and normalises them inside, once."""
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -36,6 +37,7 @@ class ImageClassifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    selection: Tensor | None
 
     def __init__(
         self, model: nn.Module, mean: Sequence[float], std: Sequence[float], spec: str, input_size: Sequence[int] | None
@@ -44,6 +46,7 @@ class ImageClassifier(nn.Module):
         self.model = model
         self.spec = spec
         self.preprocessing: dict[str, Any] = {"input_size": None if input_size is None else list(input_size)}
+        self.register_buffer("selection", None)
         self.normalise_by(mean, std)
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -61,8 +64,34 @@ class ImageClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         self.preprocessing |= {"mean": list(mean), "std": list(std)}
 
+    def select_logits(self, logits: Sequence[int], of: int | None = None) -> "ImageClassifier":
+        """Give these of the network's logits alone, in this order, from now on: what adaptation sees are they.
+
+        So ImageNet-A and ImageNet-R are scored (Hendrycks et al., CVPR and ICCV 2021). The selection is part of the
+        model's fingerprint.
+
+        Args:
+            logits: which, as :attr:`tta.datasets.stream.Stream.classes` tells them.
+            of: how many the network gives, where they mean nothing for another number.
+
+        Raises:
+            ValueError: fewer than two, one twice or below 0. A network without them all says so when it is called.
+        """
+        if len(set(logits)) < max(2, len(logits)) or min(logits) < 0:
+            raise ValueError(f"logits are two or more different outputs of the network, 0 or more; got {list(logits)}.")
+        self.register_buffer("selection", torch.tensor(logits))
+        self._outputs = (max(logits) + 1, math.inf) if of is None else (of, of)
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std)
+        logits = self.model((images - self.mean) / self.std)
+        if self.selection is None:
+            return logits
+        fewest, most = self._outputs
+        if not fewest <= logits.shape[1] <= most:
+            wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
+            raise ValueError(f"Selected are outputs of a network with {wanted}; '{self.spec}' has {logits.shape[1]}.")
+        return logits[:, self.selection]
 
 
 # name -> (the network, its weights in this package)
