@@ -13,7 +13,7 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 
 TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.sharpness tta.fingerprint"
 ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source"
-ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine numpy"
+ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine tta.sanity numpy"
 
 # module -> what it may import besides the standard library. A row `x.*` speaks for the modules inside package x.
 # Nothing names tta.report or tta.cli but the two that may; a new module of tta/ needs a row of its own.
@@ -30,9 +30,14 @@ MAY_IMPORT = {
     "tta.methods": f"{ADAPTER} tta.config",
     "tta.methods.*": f"{ADAPTER} torchvision",
     "tta.datasets": "torch tta.datasets.*",
-    "tta.datasets.*": "torch torchvision numpy sklearn pooch tta.fingerprint tta.datasets.*",
+    "tta.datasets.*": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.paths tta.datasets.*",
     "tta.networks": "torch timm",
-    "tta.models": f"{TOOLS} timm torchvision safetensors tta.networks",
+    "tta.classifier": TOOLS,
+    "tta.checkpoints": f"{TOOLS} safetensors",
+    "tta.families": f"{TOOLS} timm torchvision transformers tta.networks tta.paths tta.classifier tta.checkpoints",
+    "tta.models": f"{TOOLS} tta.networks tta.classifier tta.checkpoints tta.families",
+    "tta.sanity": f"{TOOLS} tta.classifier",
+    "tta.paths": "pooch",
     "tta.config": "omegaconf yaml tta.adapter",
     "tta.configs": "",
     "tta.results": f"{ADAPTER} numpy tta.config tta.models",
