@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from tta import config
 
 STREAM = "digits-c"
 BASELINE = "source"
+CLEAN_IMAGES = 256  # that a source model predicts before the run
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
@@ -166,7 +168,8 @@ def _run(arguments: argparse.Namespace) -> int:
     with _usage():
         request = parse_request(arguments.words)
         stream = _make_stream(request)
-        adapters = _make_adapters(request)
+        models = {spec: tta.load_model(spec, checkpoint=request.run.checkpoint) for spec in _model_specs(request)}
+        adapters = _make_adapters(models, request)
 
     _keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -174,6 +177,8 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(
         "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
     )
+    in_use = {adapter.model.spec for _, adapter in adapters}
+    _preflight(stream, [model for model in models.values() if model.spec in in_use], console)
     results = []
     for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
@@ -296,11 +301,22 @@ def _make_stream(request: Request) -> Any:
     return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
 
 
-def _make_adapters(request: Request) -> list[tuple[str, Any]]:
-    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
+def _preflight(stream: Any, models: list[Any], console: Console) -> None:
+    """Say what the source models do on clean images where the stream has some; in colour where that is far off."""
     import tta
 
-    models = {spec: tta.load_model(spec, checkpoint=request.run.checkpoint) for spec in _model_specs(request)}
+    clean = stream.clean_images(CLEAN_IMAGES)
+    for model in models if clean else []:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is printed instead
+            found = tta.preflight(model, *clean)
+        console.print(
+            f"{model.spec}: {found}", style="yellow" if found.problem else None, highlight=False, markup=False
+        )
+
+
+def _make_adapters(models: dict[str, Any], request: Request) -> list[tuple[str, Any]]:
+    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
     made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
     for method in request.methods:
         if method != BASELINE:
