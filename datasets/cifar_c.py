@@ -1,6 +1,5 @@
 """``cifar10-c``: the published files, or corruptions generated from clean CIFAR-10 where only that is at hand."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from tta import fingerprint
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import CleanImages, CorruptedImages, Domain
+from tta.paths import data_root
 
 IMAGES = 10_000  # in the test set, and in each severity of a published file
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -40,7 +40,7 @@ def domains(
       the same way.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         severity: 1 to 5.
         corruptions: which, and in which order.
         samples: only the first so many images of each domain; all 10 000 if left out.
@@ -54,7 +54,7 @@ def domains(
         raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
     if samples is not None and not 1 <= samples <= IMAGES:
         raise ValueError(f"samples is between 1 and {IMAGES}; got {samples}.")
-    folder = Path(root if root is not None else os.environ.get("TTA_DATA", "data"))
+    folder = Path(root) if root is not None else data_root()
     published = next((place for place in (folder / "CIFAR-10-C", folder) if (place / "labels.npy").exists()), None)
     if published is not None:
         labels = _read_block(published / "labels.npy", (), severity)
@@ -109,8 +109,8 @@ class PublishedImages:
             images, labels, origin = _clean(folder)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"No clean CIFAR-10 in '{folder}', beside the corrupted images: torchvision.datasets.CIFAR10('{folder}', "
-                "download=True) puts it there."
+                f"No clean CIFAR-10 in '{folder}', beside the corrupted images: `tta download cifar10 --root {folder}` "
+                "puts it there."
             ) from None
         first = slice(len(self.labels))
         if not torch.equal(labels[first], self.labels):
@@ -159,9 +159,9 @@ def _clean(folder: Path) -> tuple[Tensor, Tensor, str]:
         if (place / CLASSES[0]).is_dir():
             return *_image_folder(place), f"clean image files in {place}"
     raise FileNotFoundError(
-        f"No CIFAR-10-C and no clean CIFAR-10 in '{folder}'. Looked for CIFAR-10-C/labels.npy (the published files, "
-        "https://zenodo.org/records/2535967), cifar-10-batches-py/ (torchvision.datasets.CIFAR10(folder, "
-        f"download=True)), and test/{CLASSES[0]}/ (image files). Name the folder with stream.root=PATH or the "
+        f"No CIFAR-10-C and no clean CIFAR-10 in '{folder}'. Looked for CIFAR-10-C/labels.npy (the published files: "
+        "`tta download cifar10-c`), cifar-10-batches-py/ (`tta download cifar10`), and "
+        f"test/{CLASSES[0]}/ (image files). Name the folder with stream.root=PATH or the "
         "environment variable TTA_DATA."
     )
 

@@ -1,4 +1,4 @@
-"""The ``tta`` command: run, source, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, source, table, diff, plot, list, download. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
@@ -6,14 +6,23 @@ import ctypes
 import dataclasses
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+    track,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -152,6 +161,16 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, default=Path("schedule.png"), metavar="FILE", help="default: schedule.png"
     )
     plot.set_defaults(action=_plot)
+
+    download = commands.add_parser("download", parents=[common], help="get published data sets; alone: list them")
+    download.add_argument("name", nargs="?", metavar="NAME")
+    download.add_argument("parts", nargs="*", metavar="PART", help="of a data set that is published in several")
+    download.add_argument(
+        "--root", type=Path, metavar="DIR", help="where to (default: TTA_DATA, else ./data or a cache)"
+    )
+    download.add_argument("--trust", action="store_true", help="take a file that nobody published a checksum of")
+    download.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
+    download.set_defaults(action=_download)
 
     listing = commands.add_parser("list", parents=[common], help="what there is")
     listing.add_argument("what", choices=list(LISTINGS))
@@ -484,11 +503,57 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, line in LISTINGS[arguments.what]():
-        table.add_row(Text(name), Text(line))
-    Console().print(table)
+    _print_lines(LISTINGS[arguments.what]())
     return 0
+
+
+def _print_lines(lines: Iterable[tuple[str, ...]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for line in lines:
+        table.add_row(*map(Text, line))
+    Console().print(table)
+
+
+def _download(arguments: argparse.Namespace) -> int:
+    from tta.datasets import download
+
+    if not arguments.name:
+        _print_lines((name, _extent(archive), archive.about) for name, archive in download.archives().items())
+        return 0
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, _usage():
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        found = download.download(
+            arguments.name,
+            arguments.parts,
+            root=arguments.root,
+            trust=arguments.trust,
+            keep=arguments.keep,
+            progress=progress,
+        )
+    for path, checksum in dict.fromkeys(found):
+        print(path, checksum)
+    return 0
+
+
+def _extent(archive: Any) -> str:
+    """Bytes and parts of a published data set."""
+    size = sum(file.size or 0 for file in archive.files)
+    parts = f" ({' '.join(archive.parts)})" if archive.parts else ""
+    return f"{size / 1e9:.1f} GB{parts}" if size else "?"
 
 
 def _methods() -> list[tuple[str, str]]:
