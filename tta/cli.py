@@ -13,6 +13,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -197,7 +198,8 @@ def _run(arguments: argparse.Namespace) -> int:
         "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
     )
     in_use = {adapter.model.spec for _, adapter in adapters}
-    _preflight(stream, [model for model in models.values() if model.spec in in_use], console)
+    used = [model for model in models.values() if model.spec in in_use]
+    _preflight(stream, used, console, run_on_gpu=request.run.accelerator != "cpu")
     results = []
     for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
@@ -320,12 +322,16 @@ def _make_stream(request: Request) -> Any:
     return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
 
 
-def _preflight(stream: Any, models: list[Any], console: Console) -> None:
+def _preflight(stream: Any, models: list[Any], console: Console, run_on_gpu: bool) -> None:
     """Say what the source models do on clean images where the stream has some; in colour where that is far off."""
+    import torch
+
     import tta
 
     clean = stream.clean_images(CLEAN_IMAGES)
     for model in models if clean else []:
+        if run_on_gpu and torch.cuda.is_available():
+            model.cuda()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is printed instead
             found = tta.preflight(model, *clean)
@@ -553,7 +559,7 @@ def _extent(archive: Any) -> str:
     """Bytes and parts of a published data set."""
     size = sum(file.size or 0 for file in archive.files)
     parts = f" ({' '.join(archive.parts)})" if archive.parts else ""
-    return f"{size / 1e9:.1f} GB{parts}" if size else "?"
+    return f"{decimal(size)}{parts}" if size else "?"
 
 
 def _methods() -> list[tuple[str, str]]:

@@ -75,7 +75,7 @@ def from_timm(request: Request) -> ImageClassifier:
     published = timm.models.get_pretrained_cfg(request.name)
     if published is not None and published.num_classes:
         request.check_classes(published.num_classes)
-    network = timm.create_model(request.name, pretrained=request.fetch, **request.classes)
+    network: Any = timm.create_model(request.name, pretrained=request.fetch, **request.classes)
     if not network.num_classes:
         raise ValueError(
             f"'{request.spec}' is published without a classifier: give num_classes=K and checkpoint=PATH of one trained "
@@ -196,21 +196,22 @@ def _processor_geometry(processor: Any) -> dict[str, Any]:
         sizes = getattr(processor, of, None) or {}
         return sizes.get(key) if hasattr(sizes, "get") else getattr(sizes, key, None)
 
-    resample = getattr(processor, "resample", None)
-    interpolation = getattr(resample, "value", resample)
     edge, height, width = side("size", "shortest_edge"), side("size", "height"), side("size", "width")
     share = getattr(processor, "crop_pct", None)
-    if edge is not None and share is not None:  # ConvNeXt's: below 384 pixels a central crop, else the whole image
-        cut = edge < 384
-        size, resize, crop = (edge, edge), int(edge / share) if cut else edge, "center" if cut else "squash"
+    size: tuple[int | None, int | None] = edge or height, edge or width
+    resize, crop = edge or height, "center" if edge else "squash"
+    if edge and share:  # ConvNeXt's: below 384 pixels a central crop, else the whole image
+        resize, crop = (int(edge / share), "center") if edge < 384 else (edge, "squash")
     elif getattr(processor, "do_center_crop", False) and side("crop_size", "height"):
-        size = (side("crop_size", "height"), side("crop_size", "width"))  # type: ignore[assignment]
-        resize, crop = edge or height, "center"
-    else:
-        size = (edge or height, edge or width)  # type: ignore[assignment]
-        resize, crop = edge or height, "center" if edge else "squash"
-    interpolation = PIL_NUMBERS.get(interpolation, interpolation)  # type: ignore[call-overload]
-    return {"input_size": size, "interpolation": interpolation, "resize": resize, "crop": crop}
+        size, crop = (side("crop_size", "height"), side("crop_size", "width")), "center"
+    resample: Any = getattr(processor, "resample", None)
+    interpolation = PIL_NUMBERS.get(resample) or getattr(resample, "value", resample)
+    return {
+        "input_size": None if None in size else size,
+        "interpolation": interpolation,
+        "resize": resize,
+        "crop": crop,
+    }
 
 
 # ---------------------------------------------------------------------- RobustBench
