@@ -22,7 +22,7 @@ def domains(
     folder of ``cifar10.1_v6_data.npy``, uint8 (2000, 32, 32, 3), and ``cifar10.1_v6_labels.npy``; v4 has 2021 images.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         version: ``"v6"``, balanced and recommended by its authors, or ``"v4"``, which some papers use.
         samples: only the first so many.
         seed: not used; nothing is drawn.

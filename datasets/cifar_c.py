@@ -1,6 +1,5 @@
 """``cifar10-c``, ``cifar100-c``: the published files, or corruptions generated where only clean CIFAR is at hand."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from tta import fingerprint
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import Classes, CleanImages, CorruptedImages, Domain
 from tta.datasets.files import read_from
+from tta.paths import data_root
 
 IMAGES = 10_000  # in the test set, and in each severity of a published file
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -23,16 +23,20 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Cifar(NamedTuple):
-    """One of the two data sets: what it is called, how many classes it has, who reads it clean, where its -C is."""
+    """One of the two data sets: what it is called, how many classes it has, who reads it clean."""
 
     name: str
     classes: int
     reader: type[CIFAR10]
-    record: str
+
+    @property
+    def short(self) -> str:
+        """Its name for ``tta download``: ``cifar10``."""
+        return self.name.lower().replace("-", "")
 
 
-CIFAR_10 = Cifar("CIFAR-10", 10, CIFAR10, "https://zenodo.org/records/2535967")
-CIFAR_100 = Cifar("CIFAR-100", 100, CIFAR100, "https://zenodo.org/records/3555552")
+CIFAR_10 = Cifar("CIFAR-10", 10, CIFAR10)
+CIFAR_100 = Cifar("CIFAR-100", 100, CIFAR100)
 
 
 def domains(
@@ -56,7 +60,7 @@ def domains(
       the same way.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         severity: 1 to 5.
         corruptions: which, and in which order.
         samples: only the first so many images of each domain; all 10 000 if left out.
@@ -98,7 +102,7 @@ def _domains(
         raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
     if samples is not None and not 1 <= samples <= IMAGES:
         raise ValueError(f"samples is between 1 and {IMAGES}; got {samples}.")
-    folder = Path(root if root is not None else os.environ.get("TTA_DATA", "data"))
+    folder = Path(root) if root is not None else data_root()
     places = (folder / f"{kind.name}-C", folder)
     published = next((place for place in places if (place / "labels.npy").exists()), None)
     if published is not None:
@@ -168,7 +172,7 @@ class PublishedImages:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"No clean {self._kind.name} in '{folder}', beside the corrupted images: "
-                f"torchvision.datasets.{self._kind.reader.__name__}('{folder}', download=True) puts it there."
+                f"`tta download {self._kind.short} --root {folder}` puts it there."
             ) from None
         first = slice(len(self.labels))
         if not torch.equal(labels[first], self.labels):
@@ -242,9 +246,8 @@ def clean_images(folder: Path, kind: Cifar) -> tuple[Tensor, Tensor, str]:
             if (place / CLASSES[0]).is_dir():
                 return *_image_folder(place), f"clean image files in {place}"
     raise FileNotFoundError(
-        f"No {kind.name}-C and no clean {kind.name} in '{folder}'. Looked for {kind.name}-C/labels.npy (the published files, "
-        f"{kind.record}, `tta download {kind.name.lower().replace('-', '', 1)}-c`), {inner}/ "
-        f"(torchvision.datasets.{kind.reader.__name__}(folder, download=True)){files}. Name the folder with "
+        f"No {kind.name}-C and no clean {kind.name} in '{folder}'. Looked for {kind.name}-C/labels.npy (the published files: "
+        f"`tta download {kind.short}-c`), {inner}/ (`tta download {kind.short}`){files}. Name the folder with "
         "stream.root=PATH or the environment variable TTA_DATA."
     )
 

@@ -71,7 +71,7 @@ def domainnet_126(
     the folders ``clipart/aircraft_carrier/*.jpg``.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         domains: which, and in which order; leave out the one that the model was trained on.
         lists: folder of the published lists ``clipart_list.txt`` ..., lines ``clipart/aircraft_carrier/NAME.jpg 0``; they
             choose 126 classes among all 345 and count them. Left out: those beside the images, else every image of

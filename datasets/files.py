@@ -22,6 +22,7 @@ from torchvision.transforms import functional as F
 from tta import fingerprint
 from tta.datasets.corruptions import constants, corrupt
 from tta.datasets.domains import UNKNOWN, Classes
+from tta.paths import data_root
 
 HASHED = (
     200  # files of a domain whose every byte the manifest's hash covers, evenly spread; of the others name and size
@@ -113,15 +114,15 @@ class FileList:
 
 
 def data_folder(root: str | Path | None) -> Path:
-    """``root``; left out, the environment variable ``TTA_DATA``, else ``data``."""
-    return Path(root if root is not None else os.environ.get("TTA_DATA", "data"))
+    """``root``; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``."""
+    return Path(root) if root is not None else data_root()
 
 
 def find_folder(root: str | Path | None, names: Sequence[str], fits: Callable[[Path], bool], how: str) -> Path:
     """The first of ``root/NAME`` and ``root`` itself that fits.
 
     Args:
-        root: left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         names: of the published folder.
         fits: tells the folder from another one.
         how: what was looked for in it and how to get it, for the error.

@@ -43,7 +43,7 @@ def domains(
     same way: a folder has no order but that of its classes, which would ruin batch statistics.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         domains: folders inside it, in order of arrival, each with the same class folders; left out, one domain.
         labels: false: the images' classes are unknown, their folders mean nothing; nothing is scored then.
         class_map: which output of the model each class folder is. Left out: the first folder is output 0, and so on, and

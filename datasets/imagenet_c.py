@@ -98,7 +98,7 @@ def domains(
     weather, extra) may lie between. The images have 224 x 224 pixels and are used as they are.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         severity: 1 to 5.
         corruptions: which, and in which order.
         image_list: a text file with the images to use, ``WNID/NAME.JPEG`` a line, in their order of arrival: the list of

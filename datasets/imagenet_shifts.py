@@ -35,7 +35,7 @@ def imagenet_a(
     its other 800 logits are left out before it adapts.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         samples: only the first so many images.
         by_class: class by class as the folders list them, instead of shuffled, always in the same way.
         resize: pixels of the shorter side.

@@ -237,6 +237,18 @@ class Stream(Dataset[Batch]):
         """Samples in the whole stream."""
         return len(self.order)
 
+    def clean_images(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """The first ``count`` images and labels as they were before any corruption; None where they are not at hand."""
+        make = next((domain.clean for domain in self.domains if hasattr(domain, "clean")), None)
+        if make is None:
+            return None
+        try:
+            clean = make()
+        except (FileNotFoundError, ValueError):  # published corruptions without the clean images beside them
+            return None
+        first = torch.arange(min(count, len(clean.index)))
+        return clean.images(first), clean.labels[first]
+
     def schedule(self) -> list[Plan]:
         """What arrives when, batch by batch; reads no image."""
         return [

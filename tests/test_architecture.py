@@ -13,7 +13,7 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 
 TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.sharpness tta.fingerprint"
 ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source"
-ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine numpy"
+ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine tta.sanity numpy"
 MEASURING = "tta.metrics tta.curves tta.cost tta.record tta.predictions"
 
 # module -> what it may import besides the standard library. A row `x.*` speaks for the modules inside package x.
@@ -31,9 +31,14 @@ MAY_IMPORT = {
     "tta.methods": f"{ADAPTER} tta.config",
     "tta.methods.*": f"{ADAPTER} torchvision",
     "tta.datasets": "torch tta.datasets.*",
-    "tta.datasets.*": "torch torchvision numpy sklearn pooch tta.fingerprint tta.datasets.*",
+    "tta.datasets.*": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.paths tta.datasets.*",
     "tta.networks": "torch timm",
-    "tta.models": f"{TOOLS} timm torchvision safetensors tta.networks",
+    "tta.classifier": TOOLS,
+    "tta.checkpoints": f"{TOOLS} safetensors",
+    "tta.families": f"{TOOLS} timm torchvision transformers tta.networks tta.paths tta.classifier tta.checkpoints",
+    "tta.models": f"{TOOLS} tta.networks tta.classifier tta.checkpoints tta.families",
+    "tta.sanity": f"{TOOLS} tta.classifier",
+    "tta.paths": "pooch",
     "tta.config": "omegaconf yaml tta.adapter",
     "tta.configs": "",
     "tta.predictions": "numpy",

@@ -93,7 +93,7 @@ def test_published_images_are_there_at_every_severity(published):
 
 def test_clean_images_lie_beside_the_published_ones(published, monkeypatch):
     settings = {"root": published, "corruptions": ["snow", "fog"], "samples": 30, "protocol": "forgetting"}
-    with pytest.raises(FileNotFoundError, match=r"No clean CIFAR-10 in .*download=True"):
+    with pytest.raises(FileNotFoundError, match=r"No clean CIFAR-10 in .*tta download cifar10 --root"):
         tta.stream("cifar10-c", **settings)
     images, labels = torch.randint(0, 256, (BLOCK, 3, 32, 32), dtype=torch.uint8), torch.arange(BLOCK) % 10
     monkeypatch.setattr(
@@ -136,7 +136,9 @@ def test_a_bad_file_is_named_with_what_was_found_and_expected(published, spoil, 
 
 
 def test_absent_data_say_how_to_get_them(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"zenodo.*torchvision.*stream\.root=PATH or the environment variable"):
+    with pytest.raises(
+        FileNotFoundError, match=r"download cifar10-c.*download cifar10`.*stream\.root=PATH or the environment variable"
+    ):
         tta.stream("cifar10-c", root=tmp_path)
     monkeypatch.setenv("TTA_DATA", str(tmp_path / "elsewhere"))
     with pytest.raises(FileNotFoundError, match="elsewhere"):

@@ -1,18 +1,29 @@
-"""The ``tta`` command: run, source, corrupt, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, source, corrupt, table, diff, plot, list, download. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
 import ctypes
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+    track,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +32,7 @@ from tta import config
 STREAM = "digits-c"
 BASELINE = "source"
 CALIBRATIONS = "runs/calibrations"  # where protocol ccc keeps what it measured
+CLEAN_IMAGES = 256  # that a source model predicts before the run
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
@@ -185,6 +197,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.set_defaults(action=_plot)
 
+    download = commands.add_parser("download", parents=[common], help="get published data sets; alone: list them")
+    download.add_argument("name", nargs="?", metavar="NAME")
+    download.add_argument("parts", nargs="*", metavar="PART", help="of a data set that is published in several")
+    download.add_argument(
+        "--root", type=Path, metavar="DIR", help="where to (default: TTA_DATA, else ./data or a cache)"
+    )
+    download.add_argument("--trust", action="store_true", help="take a file that nobody published a checksum of")
+    download.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
+    download.set_defaults(action=_download)
+
     listing = commands.add_parser("list", parents=[common], help="what there is")
     listing.add_argument("what", choices=list(LISTINGS))
     listing.set_defaults(action=_list)
@@ -201,7 +223,8 @@ def _run(arguments: argparse.Namespace) -> int:
         request = parse_request(arguments.words)
         stream = _make_stream(request)
         clean = stream.clean() if request.run.clean else None
-        adapters = _make_adapters(request, stream)
+        models = {spec: _load_model(spec, request, stream.classes) for spec in _model_specs(request)}
+        adapters = _make_adapters(models, request)
 
     _keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -209,6 +232,9 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(
         "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
     )
+    in_use = {adapter.model.spec for _, adapter in adapters}
+    used = [model for model in models.values() if model.spec in in_use]
+    _preflight(stream, used, console, run_on_gpu=request.run.accelerator != "cpu")
     results = []
     for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
@@ -357,10 +383,26 @@ def _calibration(request: Request) -> dict[str, Any]:
     return {"model": model, "progress": progress}
 
 
-def _make_adapters(request: Request, stream: Any) -> list[tuple[str, Any]]:
-    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
+def _preflight(stream: Any, models: list[Any], console: Console, run_on_gpu: bool) -> None:
+    """Say what the source models do on clean images where the stream has some; in colour where that is far off."""
+    import torch
 
-    models = {spec: _load_model(spec, request, stream.classes) for spec in _model_specs(request)}
+    import tta
+
+    clean = stream.clean_images(CLEAN_IMAGES)
+    for model in models if clean else []:
+        if run_on_gpu and torch.cuda.is_available():
+            model.cuda()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is printed instead
+            found = tta.preflight(model, *clean)
+        console.print(
+            f"{model.spec}: {found}", style="yellow" if found.problem else None, highlight=False, markup=False
+        )
+
+
+def _make_adapters(models: dict[str, Any], request: Request) -> list[tuple[str, Any]]:
+    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
     made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
     for method in request.methods:
         if method != BASELINE:
@@ -563,11 +605,57 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, line in LISTINGS[arguments.what]():
-        table.add_row(Text(name), Text(line))
-    Console().print(table)
+    _print_lines(LISTINGS[arguments.what]())
     return 0
+
+
+def _print_lines(lines: Iterable[tuple[str, ...]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for line in lines:
+        table.add_row(*map(Text, line))
+    Console().print(table)
+
+
+def _download(arguments: argparse.Namespace) -> int:
+    from tta.datasets import download
+
+    if not arguments.name:
+        _print_lines((name, _extent(archive), archive.about) for name, archive in download.archives().items())
+        return 0
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, _usage():
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        found = download.download(
+            arguments.name,
+            arguments.parts,
+            root=arguments.root,
+            trust=arguments.trust,
+            keep=arguments.keep,
+            progress=progress,
+        )
+    for path, checksum in dict.fromkeys(found):
+        print(path, checksum)
+    return 0
+
+
+def _extent(archive: Any) -> str:
+    """Bytes and parts of a published data set."""
+    size = sum(file.size or 0 for file in archive.files)
+    parts = f" ({' '.join(archive.parts)})" if archive.parts else ""
+    return f"{decimal(size)}{parts}" if size else "?"
 
 
 def _methods() -> list[tuple[str, str]]:
