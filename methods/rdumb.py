@@ -71,5 +71,6 @@ class RDumb(Adapter):
         self.batches += 1
         due = self.batches % self.config.reset_every == 0
         self.restore(due)
+        assert self.average is not None
         self.average = self.average.masked_fill(due, 0)
         return logits
