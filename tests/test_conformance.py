@@ -29,6 +29,14 @@ VARIANTS = [
     ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
     ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
     ("dpcore", {"steps_new": 1, "rho": 1.1, "capacity": 2}),
+    # learning from the model's own answers, near the source
+    ("cmf", {"optimizer": "sgd", "lr": 0.01, "steps": 2, "prior_correction": "logits", "q": 4.0}),
+    ("deyo", {"optimizer": "sgd", "lr": 0.05, "steps": 2, "augment": "pixel", "plpd_threshold": -1.0, "exclude": ()}),
+    ("rdumb", {"optimizer": "sgd", "lr": 0.05, "reset_every": 4, "steps": 2}),
+    ("rmt", {"optimizer": "sgd", "lr": 0.01, "lambda_cont": 0.0, "mt_alpha": 0.9}),
+    ("roid", {"optimizer": "sgd", "lr": 0.01, "steps": 2, "augment": "none", "use_weighting": False}),
+    ("rpl", {"optimizer": "sgd", "lr": 0.05, "steps": 2}),
+    ("santa", {"optimizer": "sgd", "lr": 0.05, "steps": 2, "projection_dim": 8}),
 ]
 MODELS = {"dpcore": "vit"}  # the fixture of the source model, where it is not the CNN
 # What of a method's defaults is too slow to be run a hundred times.

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,23 @@ def follow(teacher: nn.Module, student: nn.Module, share: float, when: Tensor) -
         share: of the student, in [0, 1].
         when: boolean scalar, may lie on a GPU; the teacher stays where it is if false.
     """
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    learned = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
+    blend([average for average, _ in learned], [parameter for _, parameter in learned], share, when)
+
+
+@torch.no_grad()
+def blend(tensors: Iterable[Tensor], others: Iterable[Tensor], share: float | Tensor, when: Tensor) -> None:
+    """Move each tensor towards another: ``tensor = (1 - share) * tensor + share * other``.
+
+    Args:
+        tensors, others: as many, of the same shapes.
+        share: of the others, in [0, 1]; a scalar.
+        when: boolean scalar, may lie on a GPU; the tensors stay as they are if false.
+    """
     weight = share * when.float()
-    for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
-        if parameter.requires_grad:
-            average.lerp_(parameter, weight.to(average.dtype))
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.lerp_(other, weight.to(tensor.dtype))
 
 
 class BalancedMemory(nn.Module):

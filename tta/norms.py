@@ -4,7 +4,7 @@ Which statistics a BatchNorm layer uses belongs to the method. Every function he
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
 BATCH_NORMS = (_BatchNorm,)
 AFFINE_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+# The top of a ResNet-50 and of a ViT-B, which SAR and the methods built on it leave alone.
+TOP = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm")
 
 
 def named_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[tuple[str, nn.Module]]:
@@ -44,6 +46,22 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) 
 def within(name: str, parts: Iterable[str]) -> bool:
     """Whether a module's dotted name holds one of the dotted parts: ``model.blocks.9.norm1`` lies within ``blocks.9``."""
     return any(f".{part}." in f".{name}." for part in parts)
+
+
+def layers_outside(model: nn.Module, exclude: Sequence[str]) -> list[nn.Module]:
+    """Normalisation layers that lie within none of the modules of these names.
+
+    Raises:
+        ValueError: none is left; the message lists all.
+    """
+    named = named_layers(model)
+    found = [layer for name, layer in named if not within(name, exclude)]
+    if not found:
+        raise ValueError(
+            f"All {len(named)} normalisation layers of {type(model).__name__} are excluded by exclude={list(exclude)}. "
+            f"Exclude fewer; they are called {', '.join(name for name, _ in named)}."
+        )
+    return found
 
 
 def use_batch_statistics(layer: nn.Module) -> None:
