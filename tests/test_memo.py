@@ -97,3 +97,13 @@ def test_step_lowers_the_marginal_entropy(cnn, golden_images):
     (source,) = torch.distributions.Categorical(logits=cnn.eval()(image)).entropy()
     (adapted,) = torch.distributions.Categorical(logits=adapter(image)).entropy()
     assert adapted < source
+
+
+def test_views_go_on_where_a_saved_state_left_off(cnn, golden_images):
+    """The random numbers are part of the state, and a reset starts them anew."""
+    first, second = (tta.adapt(cnn, "memo", views=2) for _ in range(2))
+    whole = first(golden_images[:4])
+    first.reset()
+    begun = first(golden_images[:2])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(torch.cat([begun, second(golden_images[2:4])]), whole)
