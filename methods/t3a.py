@@ -1,6 +1,7 @@
 """T3A: test-time template adjuster."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class T3A(Adapter):
     def configure_model(self) -> None:
         self.model.requires_grad_(False)
         self._head = taps.head(self.model)
-        head = self.model.get_submodule(self._head)
+        head: Any = self.model.get_submodule(self._head)
         rows = head.weight.detach().float()
         empty = rows.new_zeros(len(rows), self.config.filter_k - 1, rows.shape[1])
         self.register_buffer("supports", torch.cat([rows[:, None], empty], dim=1))

@@ -64,9 +64,8 @@ def use_batch_statistics(layer: nn.Module) -> None:
 @contextmanager
 def by_batch(model: nn.Module) -> Iterator[None]:
     """Within this context BatchNorm layers normalise by the current batch; what they have stored is left as it is."""
-    stored = [
-        (layer, type(layer), layer.running_mean, layer.running_var) for _, layer in named_layers(model, BATCH_NORMS)
-    ]
+    layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
+    stored = [(layer, type(layer), layer.running_mean, layer.running_var) for layer in layers]
     for layer, kind, _, _ in stored:
         layer.running_mean = layer.running_var = None
         if kind is nn.BatchNorm2d:
