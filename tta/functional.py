@@ -1,5 +1,6 @@
 """Pure functions of logits and activations that several methods share."""
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ def entropy(logits: Tensor) -> Tensor:
     """
     logits = logits.float()
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def entropy_of_mean(logits: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of the mean of the predicted distributions, through ``log_softmax``.
+
+    Args:
+        logits: (views, classes), any floating dtype.
+
+    Returns:
+        float32 scalar.
+    """
+    log_mean = logits.float().log_softmax(dim=1).logsumexp(dim=0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean).sum()
 
 
 def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
