@@ -98,7 +98,7 @@ def test_list_has_a_line_for_each(what, capsys):
         (["tent", "norm.alpha=1"], "'norm' is not in this run"),
         (["tent", "lr=fast"], "'fast' of type 'str' could not be converted to Float"),
         (["tent", "lr=-1"], "lr=-1.0; expected a learning rate above 0"),
-        (["severity=9"], "severity is 0 (none) to 5, in steps of 0.25; got 9"),
+        (["severity=9"], r"severity is 0 \(none\) to 5, in steps of 0.25; got 9"),
         (["stream.sevrity=3"], "Did you mean 'severity'"),
         (["reset=sometimes"], "reset is 'never', 'domain', 'batch'"),
         (["protocol=often"], "No protocol 'often'"),

@@ -286,7 +286,7 @@ def test_severities_and_clean_images_are_there(folder):
 def test_what_there_is_not_is_refused_before_an_image_is_read(folder):
     for settings, message in [
         ({"corruptions": ["fogg"]}, "Did you mean 'fog'"),
-        ({"severity": 6}, "severity is 1, 2, 3, 4 or 5"),
+        ({"severity": 6}, r"severity is 0 \(none\) to 5, in steps of 0.25; got 6"),
         ({"recipe": "imagenette"}, "No recipe"),
         ({"samples": 10}, "samples is between 1 and 9"),
     ]:

@@ -198,7 +198,7 @@ def test_names_that_would_meet_are_refused(folder, tmp_path):
     ("settings", "message"),
     [
         ({"quality": 0}, "quality is 1 to 95"),
-        ({"severities": [6]}, "severity is 1, 2, 3, 4 or 5"),
+        ({"severities": [6]}, r"severity is 0 \(none\) to 5"),
         ({"corruptions": ["fogg"]}, "Did you mean 'fog'"),
         ({"recipe": "mine"}, "No recipe"),
     ],
