@@ -33,6 +33,7 @@ from tta.datasets import catalog
 ROOT = Path(__file__).parent.parent
 DATA, PAGE = ROOT / "configs" / "methods.yaml", ROOT / "docs" / "methods.md"
 BATCH, BATCHES, CORRUPTION = 64, 4, "impulse_noise"
+ALONE = 16  # images that are tried one by one
 MEASURED = ("batch", "forwards", "backwards")
 CITATION = re.compile(r'"([A-Z][^"]+)", ([A-Za-z][A-Za-z ]*?(?: \d{4}\.\d{4,5})?),? ((?:19|20)\d\d)\b')
 LITERAL = re.compile(r"``([^`]+)``")
@@ -203,22 +204,28 @@ def batches() -> tuple[Tensor, ...]:
     return tuple(batch.images for batch, _ in zip(stream, range(BATCHES), strict=False))
 
 
-def measured(method: str, family: str) -> dict[str, Any]:
+def measured(method: str, built: list[str]) -> dict[str, Any]:
     """Passes an image with the method's defaults, and whether it matters how images are batched."""
-    torch.manual_seed(0)
-    adapter, passes = make(method, family), Passes()
+    adapter, passes = make(method, built[0]), Passes()
     passes.attach(adapter)
     for batch in batches():
         adapter(batch)
     passes.detach()
     images = sum(map(len, batches()))
     counts = {"forwards": passes.forwards / images, "backwards": passes.backwards / images}
-    return {"batch": batch_size(method, family)} | {name: round(count, 1) for name, count in counts.items()}
+    return {"batch": batch_size(method, built)} | {name: round(count, 1) for name, count in counts.items()}
 
 
-def batch_size(method: str, family: str) -> str:
+def batch_size(method: str, built: list[str]) -> str:
+    """What :func:`_batched` finds, for each kind of model where they differ."""
+    found = {family: _batched(method, family) for family in built if family != "GroupNorm"}  # not trained with it
+    texts = list(found.values())
+    return texts[0] if len(set(texts)) == 1 else "; ".join(f"{family}: {text}" for family, text in found.items())
+
+
+def _batched(method: str, family: str) -> str:
     """``any`` where an image's logits are the same alone and in a batch, and single images teach where batches do."""
-    images = batches()[0]
+    images = batches()[0][:ALONE]
     alone, together = make(method, family), make(method, family)
     try:
         difference = alone(images[:1])[0] - together(images)[0]
@@ -251,8 +258,9 @@ Written by `python benchmarks/methods_table.py`, and what `tta list methods` pri
 
 - *of the source*: what a method must know of the source domain, given as `source=`; nothing else of it is read.
 - *models*: kinds of models on which it can be built: CNNs with BatchNorm or GroupNorm layers, timm's ViTs.
-- *batch*: `any` where an image's logits are the same alone and in a batch of {batch}, and single images teach where a batch
-  does. Tried on the images below: `single images teach nothing` may be a rule of the method or a filter that none passes.
+- *batch*: `any` where an image's logits are the same alone and in a batch of {alone}, and single images teach where a batch
+  does. Tried on the images below with the embedded BatchNorm CNN and ViT: `single images teach nothing` may be a rule of
+  the method, or a filter that none of {alone} passes.
 - *forwards*, *backwards*: images that went through the models, views and teachers included, for each image of the stream:
   counted with the defaults of the method on {batches} batches of {batch} (digits-c, {corruption}, severity 5), on the first
   of its models. What a filter leaves out does not go backward; what a new domain costs is spread over these few images.
@@ -281,7 +289,7 @@ def declared(method: str) -> dict[str, Any]:
 
 def page(facts: dict[str, dict[str, Any]]) -> str:
     """docs/methods.md."""
-    lines = [INTRODUCTION.format(batches=BATCHES, batch=BATCH, corruption=CORRUPTION)]
+    lines = [INTRODUCTION.format(batches=BATCHES, batch=BATCH, corruption=CORRUPTION, alone=ALONE)]
     lines += ["| method | paper | of the source | models | batch | forwards | backwards | golden keys | as released |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for name, fact in facts.items():
@@ -326,9 +334,7 @@ def main() -> None:
     for name in methods.available():
         facts[name] = declared(name)
         again = name in chosen or not chosen or name not in known
-        facts[name] |= (
-            measured(name, facts[name]["models"][0]) if again else {key: known[name][key] for key in MEASURED}
-        )
+        facts[name] |= measured(name, facts[name]["models"]) if again else {key: known[name][key] for key in MEASURED}
         print(f"{name}: {facts[name]}", flush=True)
     header = "# Facts about the methods, written by benchmarks/methods_table.py. Do not edit.\n"
     DATA.write_text(header + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
