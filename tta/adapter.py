@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from tta import fingerprint, norms
@@ -200,6 +201,16 @@ class Adapter(nn.Module):
             for name, value in self._source.items()
             if name.startswith("model.") and value is not None
         }
+
+    def adapted_and_source(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The parameters of the model that adapt, and their source values; the latter to be read only."""
+        source = self.source_tensors()
+        adapted = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return list(adapted.values()), [source[name] for name in adapted]
+
+    def predict_as_source(self, x: Tensor) -> Tensor:
+        """Logits of the source weights, with the layers as the method configured them (batch statistics stay that)."""
+        return logits_of(functional_call(self.model, self.source_tensors(), (x,)))
 
     # ------------------------------------------------------------------ for a user
 

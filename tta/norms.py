@@ -4,7 +4,7 @@ Which statistics a BatchNorm layer uses belongs to the method. Every function he
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
 BATCH_NORMS = (_BatchNorm,)
 AFFINE_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+# The top of a ResNet-50 and of a ViT-B, which SAR and the methods built on it leave alone.
+TOP = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm")
 
 
 def named_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[tuple[str, nn.Module]]:
@@ -46,6 +48,22 @@ def within(name: str, parts: Iterable[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 
 
+def layers_outside(model: nn.Module, exclude: Sequence[str]) -> list[nn.Module]:
+    """Normalisation layers that lie within none of the modules of these names.
+
+    Raises:
+        ValueError: none is left; the message lists all.
+    """
+    named = named_layers(model)
+    found = [layer for name, layer in named if not within(name, exclude)]
+    if not found:
+        raise ValueError(
+            f"All {len(named)} normalisation layers of {type(model).__name__} are excluded by exclude={list(exclude)}. "
+            f"Exclude fewer; they are called {', '.join(name for name, _ in named)}."
+        )
+    return found
+
+
 def use_batch_statistics(layer: nn.Module) -> None:
     """Make a BatchNorm layer normalise by the statistics of the current batch, in ``train()`` and ``eval()`` alike.
 
@@ -59,6 +77,32 @@ def use_batch_statistics(layer: nn.Module) -> None:
         layer.num_batches_tracked = None
         if type(layer) is nn.BatchNorm2d:
             layer.__class__ = ChannelsLastBatchNorm2d
+
+
+@contextmanager
+def training_statistics(model: nn.Module) -> Iterator[None]:
+    """Within this context BatchNorm layers do what they do in training: the batch normalises and moves what is stored.
+
+    Each layer keeps its own momentum. Statistics that are not finite are forgotten at the end of the context: on a GPU a
+    bad batch is reported a batch late. A layer that stores nothing normalises by the batch anyway. The backward pass of an
+    earlier forward reads what is stored: run it before, or it reads what this context has made of it.
+    """
+    layers = [layer for _, layer in named_layers(model, BATCH_NORMS)]
+    stored = [(layer.training, layer.running_mean, layer.running_var) for layer in layers]
+    for layer, (_, mean, var) in zip(layers, stored, strict=True):
+        layer.training = True
+        if mean is not None and var is not None:
+            layer.running_mean, layer.running_var = mean.clone(), var.clone()
+    try:
+        yield
+    finally:
+        for layer, (mode, mean, var) in zip(layers, stored, strict=True):
+            layer.training = mode
+            if mean is not None and var is not None:
+                finite = layer.running_mean.isfinite() & layer.running_var.isfinite()
+                mean.data.copy_(torch.where(finite, layer.running_mean, mean))  # no change that autograd would refuse
+                var.data.copy_(torch.where(finite, layer.running_var, var))
+                layer.running_mean, layer.running_var = mean, var
 
 
 class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
