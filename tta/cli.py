@@ -226,7 +226,7 @@ def parse_request(words: Sequence[str]) -> Request:
     if len(streams) > 1:
         raise UsageError(f"One run is on one stream; got {', '.join(streams)}.")
     for name in chosen:
-        if name not in methods.available():
+        if not methods.is_known(name):
             known = [*catalog.STREAMS, *methods.available()]
             raise UsageError(
                 f"'{name}' is neither a stream nor a method.{config.nearest(name, known)} "
@@ -338,7 +338,7 @@ def _preset(method: str, request: Request) -> str | None:
     """The preset asked for, else the one of the stream's name where the method has it."""
     if request.run.preset:
         return request.run.preset
-    return request.stream if request.stream in config.load("method", method) else None
+    return request.stream if request.stream in config.load("method", method.rpartition(":")[2]) else None
 
 
 def _make_adapter(model: Any, method: str, request: Request) -> Any:
