@@ -29,10 +29,26 @@ VARIANTS = [
     ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
     ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
     ("dpcore", {"steps_new": 1, "rho": 1.1, "capacity": 2}),
+    ("adacontrast", {"queue_size": 40, "refine_after": 16, "lr": 1e-3, "bank": "released", "mask": "released"}),
+    ("cafa", {"shrinkage": 0.5, "steps": 2, "optimizer": "sgd", "lr": 0.01}),
+    ("gala", {"window": 2, "select": "all", "steps": 2, "optimizer": "adamw"}),
+    ("gala:tent", {"window": 4, "threshold": 0.1}),
+    ("label_shift", {"batch_statistics": False, "strength": 0.5}),
+    ("owttt", {"queue_size": 40, "max_prototypes": 3, "lr": 1e-3, "steps": 2}),
+    ("petal", {"ap": 1.0, "views": 3, "prior_weight": 1e-3, "quantile": 0.2, "optimizer": "sgd"}),
+    ("psmt", {"augment": "paper", "ap": 1.0, "views": 3, "quantile": 0.2, "steps": 2}),
+    ("stamp", {"alpha": 0.9, "capacity": 8, "views": 2, "consistent": False, "schedule": None, "steps": 2}),
+    ("ttac", {"queue_size": 40, "queue_batch_size": 16, "queue_passes": 2, "class_covariance": "diagonal"}),
 ]
 MODELS = {"dpcore": "vit"}  # the fixture of the source model, where it is not the CNN
 # What of a method's defaults is too slow to be run a hundred times.
-QUICK = {"cotta": {"views": 3}, "dpcore": {"steps_new": 2}}
+QUICK = {
+    "adacontrast": {"queue_size": 64},
+    "cotta": {"views": 3},
+    "dpcore": {"steps_new": 2},
+    "petal": {"views": 3},
+    "stamp": {"views": 2},
+}
 CASES = [*((name, QUICK.get(name, {})) for name in tta.list_methods()), *VARIANTS]
 
 
