@@ -148,8 +148,8 @@ class AdaContrast(Adapter):
     def _views(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One weak view and two strong ones."""
         if self.config.augment == "paper":
-            strong = (augment.moco_view(x, self.generator) for _ in range(2))
-            return augment.flipped(x, self.generator), *strong
+            weak = augment.flipped(x, self.generator)
+            return weak, augment.moco_view(x, self.generator), augment.moco_view(x, self.generator)
         view = augment.augmentation(self.config.augment, self.generator)
         return view(x), view(x), view(x)
 

@@ -143,7 +143,7 @@ def wrap(method: type[Adapter]) -> type[Adapter]:
             f"GALA chooses among the layers of an optimizer step; {method.__name__} makes none to choose from."
         )
     name = f"GALA{method.__name__}"
-    config = dataclass(type(f"{name}Config", (SelectionConfig, settings), {"__doc__": settings.__doc__}))
+    config: Any = dataclass(type(f"{name}Config", (SelectionConfig, settings), {"__doc__": settings.__doc__}))
     inside = {
         "__doc__": f"{method.__name__}, its steps taken by the layers that GALA chooses.",
         "__module__": GALA.__module__,

@@ -67,6 +67,9 @@ class OWTTT(Adapter):
     config: OWTTTConfig
     scored_forward = "after"
     threshold: Tensor  # the last batch's, float64
+    source_mean: Tensor  # (1, width)
+    source_covariance: Tensor  # (1, width, width), with the ridge
+    ridge: Tensor
     known_prototypes: Tensor  # (classes, width), of length 1
     unknown_prototypes: Tensor  # (max_prototypes, width), of length 1, the newest last; zeros in front of them
     number_unknown: Tensor
@@ -173,17 +176,14 @@ class OWTTT(Adapter):
         distances = 1 - torch.maximum(1 - scores, to_unknown)
         far = two_groups(distances, unknown)
         used = self.unknown_prototypes[self._in_use]
-        to_used, to_others, scores, limits = (
-            value.tolist()
-            for value in (matmul(unit, used.T), matmul(unit, unit.T), scores.double(), torch.stack([threshold, far]))
-        )
+        to_used, to_others = matmul(unit, used.T).tolist(), matmul(unit, unit.T).tolist()
+        known, limit, far_limit = scores.double().tolist(), float(threshold), float(far)
         taken: list[int] = []
         pool = [[row[column] for row in to_used] for column in range(len(used))]  # similarities to each prototype
-        for row in sorted(range(len(scores)), key=lambda row: -scores[row]):
-            if scores[row] <= limits[0]:
+        for row in sorted(range(len(known)), key=lambda row: -known[row]):
+            if known[row] <= limit:
                 break
-            nearest = max([1 - scores[row], *(column[row] for column in pool)])
-            if 1 - nearest > limits[1]:
+            if 1 - max([1 - known[row], *(column[row] for column in pool)]) > far_limit:
                 taken.append(row)
                 pool = [*pool, to_others[row]][-self.config.max_prototypes :]
         self._push(self.unknown_prototypes, unit[taken])

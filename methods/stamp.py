@@ -128,9 +128,11 @@ class STAMP(Adapter):
         return (weights * entropies).mean()
 
     def _schedule(self) -> None:
+        if self.config.schedule is None:
+            return
         assert self.optimizer is not None
-        for group in self.optimizer.param_groups if self.config.schedule else ():
-            turn = math.cos(math.pi * int(self.memory.readings) / self.config.schedule)
+        turn = math.cos(math.pi * int(self.memory.readings) / self.config.schedule)
+        for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * (1 + turn) / 2
 
     def _pick(self) -> Callable[[list[int]], int]:

@@ -87,7 +87,7 @@ def training_statistics(model: nn.Module) -> Iterator[None]:
     bad batch is reported a batch late. A layer that stores nothing normalises by the batch anyway. The backward pass of an
     earlier forward reads what is stored: run it before, or it reads what this context has made of it.
     """
-    layers = [layer for _, layer in named_layers(model, BATCH_NORMS)]
+    layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
     stored = [(layer.training, layer.running_mean, layer.running_var) for layer in layers]
     for layer, (_, mean, var) in zip(layers, stored, strict=True):
         layer.training = True
