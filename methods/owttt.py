@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tta import memory, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, Output, require
-from tta.functional import masked_mean, matmul, symmetric_kl, two_groups
+from tta.functional import masked_mean, matmul, otsu_threshold, symmetric_kl
 from tta.source import Need
 
 ALIGNMENT = 0.05  # of the released code, for every data set
@@ -83,8 +83,7 @@ class OWTTT(Adapter):
     def configure_model(self) -> None:
         config, (known,) = self.config, self.known
         self._head = taps.head(self.model)
-        self.model.requires_grad_(True)
-        self.model.get_submodule(self._head).requires_grad_(False)
+        taps.unfreeze(self.model, "features")
         mean, covariance = known["mean"][None], known["covariance"][None]
         ridge = covariance.max() / 30 * torch.eye(mean.shape[1], device=self.device)  # as in TTAC's released code
         self.gaussian = memory.RunningGaussian(
@@ -117,7 +116,7 @@ class OWTTT(Adapter):
             logits = self.predict(x)
             scores = 1 - self.config.delta * logits.amax(1)
             self._push(self.inference_scores, scores)
-            self.threshold.copy_(two_groups(self.inference_scores, self.inference_scores.isfinite()))
+            self.threshold.copy_(self._split(self.inference_scores))
         return Output(logits, scores)
 
     def _learn(self, x: Tensor) -> None:
@@ -131,7 +130,7 @@ class OWTTT(Adapter):
         with torch.no_grad():
             scores = 1 - similarities.amax(1)
             self._push(self.training_scores, scores)
-            threshold = two_groups(self.training_scores, self.training_scores.isfinite())
+            threshold = self._split(self.training_scores)
             unknown = scores.double() >= threshold
             # How many images are aligned, and which become prototypes one after the other: the wait of each batch.
             seen = (~unknown).nonzero()[:, 0]
@@ -174,7 +173,7 @@ class OWTTT(Adapter):
     def _expand(self, unit: Tensor, scores: Tensor, to_unknown: Tensor, unknown: Tensor, threshold: Tensor) -> None:
         """Make prototypes of unknown samples, the least known first, that are far from every prototype so far."""
         distances = 1 - torch.maximum(1 - scores, to_unknown)
-        far = two_groups(distances, unknown)
+        far = self._split(distances.masked_fill(~unknown, torch.inf))
         used = self.unknown_prototypes[self._in_use]
         to_used, to_others = matmul(unit, used.T).tolist(), matmul(unit, unit.T).tolist()
         known, limit, far_limit = scores.double().tolist(), float(threshold), float(far)
@@ -188,6 +187,11 @@ class OWTTT(Adapter):
                 pool = [*pool, to_others[row]][-self.config.max_prototypes :]
         self._push(self.unknown_prototypes, unit[taken])
         self.number_unknown.add_(len(taken)).clamp_(max=self.config.max_prototypes)
+
+    def _split(self, scores: Tensor) -> Tensor:
+        """Where the finite ones fall in two groups, in the hundredths of the released code."""
+        hundredths = 0.01 * torch.arange(100, dtype=torch.float64, device=scores.device)
+        return otsu_threshold(scores, scores.isfinite(), hundredths)
 
     @property
     def _in_use(self) -> Tensor:

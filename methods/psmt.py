@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tta import augment, memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import below_quantile, confidence, logits_of, soft_cross_entropy, weighted_distance
+from tta.functional import below_quantile, confidence, logits_of, symmetric_cross_entropy, weighted_distance
 from tta.source import Need
 
 
@@ -88,7 +88,7 @@ class PSMT(Adapter):
             logits = logits_of(self.model(x))
             with torch.no_grad():
                 target = self._target(x)
-            loss = (soft_cross_entropy(logits, target) + soft_cross_entropy(target, logits)).mean() / 2
+            loss = symmetric_cross_entropy(logits, target).mean()
             if config.fisher_alpha:
                 fisher = [self.get_buffer(f"fisher{number}") for number in range(len(parameters))]
                 loss = loss + config.fisher_alpha * weighted_distance(parameters, source, fisher)

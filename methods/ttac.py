@@ -86,8 +86,7 @@ class TTAC(Adapter):
     def configure_model(self) -> None:
         config, (known,) = self.config, self.known
         self._head = taps.head(self.model)
-        self.model.requires_grad_(True)
-        self.model.get_submodule(self._head).requires_grad_(False)
+        taps.unfreeze(self.model, "features")
         self.ridge = float(known["covariance"].max()) / 30  # of the released code; covariances may be singular
         mean, covariance = known["mean"], known["covariance"]
         self.classes = memory.RunningGaussian(

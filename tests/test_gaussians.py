@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import tta
 from tta import norms
-from tta.functional import below_quantile, symmetric_kl, two_groups, weighted_distance
+from tta.functional import below_quantile, otsu_threshold, symmetric_kl, weighted_distance
 from tta.memory import RunningGaussian
 from tta.source import Need
 
@@ -106,6 +106,9 @@ def test_weighted_distance():
     assert value.item() == 2 * (1 + 4) + 0.5 * 4
 
 
+HUNDREDTHS = 0.01 * torch.arange(100, dtype=torch.float64)
+
+
 def plain_otsu(scores):
     """The released search: over 100 thresholds, the weighted variances of the groups."""
     best, found = math.inf, 0.0
@@ -119,16 +122,17 @@ def plain_otsu(scores):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_two_groups_is_the_plain_search(seed):
+def test_otsu_threshold_is_the_plain_search(seed):
     scores = torch.rand(40, generator=draws(seed))
     valid = torch.rand(40, generator=draws(seed + 100)) < 0.7
     expected = plain_otsu(scores[valid].double().numpy())
-    assert two_groups(scores.masked_fill(~valid, torch.inf), valid).item() == pytest.approx(expected, abs=1e-12)
+    found = otsu_threshold(scores.masked_fill(~valid, torch.inf), valid, HUNDREDTHS)
+    assert found.item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_two_groups_of_equal_scores_is_zero():
-    assert two_groups(torch.full((5,), 0.5), torch.ones(5, dtype=torch.bool)) == 0
-    assert two_groups(torch.ones(3), torch.zeros(3, dtype=torch.bool)) == 0
+def test_otsu_threshold_of_equal_scores_is_the_first():
+    assert otsu_threshold(torch.full((5,), 0.5), torch.ones(5, dtype=torch.bool), HUNDREDTHS) == 0
+    assert otsu_threshold(torch.ones(3), torch.zeros(3, dtype=torch.bool), HUNDREDTHS) == 0
 
 
 def test_training_statistics_is_training_mode():

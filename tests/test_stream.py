@@ -105,7 +105,7 @@ def test_manifest_hash_sees_one_changed_pixel():
         (lambda: tta.stream("digit-c"), "No stream 'digit-c'. Did you mean 'digits-c'"),
         (lambda: tta.stream("digits-c", protocol="continuous"), "No protocol 'continuous'. Did you mean 'continual'"),
         (lambda: tta.stream("digits-c", severty=3), "'severty'. Did you mean 'severity'"),
-        (lambda: tta.stream("digits-c", severity=6), "severity is 1, 2, 3, 4 or 5; got 6"),
+        (lambda: tta.stream("digits-c", severity=6), r"severity is 0 \(none\) to 5, in steps of 0.25; got 6"),
         (lambda: tta.stream("digits-c", corruptions=["fogg"]), "No corruption 'fogg'"),
         (lambda: tta.stream("digits-c", samples=0), "samples is between 1 and 800; got 0"),
         (lambda: tta.stream("digits-c", batch_size=0), "batch_size is 1 or more; got 0"),
@@ -118,3 +118,15 @@ def test_manifest_hash_sees_one_changed_pixel():
 def test_mistakes_are_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_a_tensor_dataset_is_read_batch_by_batch_and_runs_of_it_are_not_copied() -> None:
+    images, labels = torch.rand(10, 3, 4, 4), torch.arange(10) % 3
+    stream = tta.stream({"night": TensorDataset(images, labels)}, batch_size=4)
+    batches = list(stream)
+    assert [len(batch.images) for batch in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), images)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), labels)
+    assert batches[1].images.data_ptr() == images[4:].data_ptr()
+    shuffled = stream.domains[0].images(torch.tensor([7, 2, 3]))
+    assert torch.equal(shuffled, images[[7, 2, 3]])

@@ -212,6 +212,22 @@ class Adapter(nn.Module):
         """Logits of the source weights, with the layers as the method configured them (batch statistics stay that)."""
         return logits_of(functional_call(self.model, self.source_tensors(), (x,)))
 
+    @torch.no_grad()
+    def restore(self, when: Tensor, *, moments: bool = True) -> None:
+        """Give the adapted weights their source values back, as one of the steps of a method. The rest stays.
+
+        Args:
+            when: a boolean scalar; where it is false nothing happens. On a GPU nothing waits for it.
+            moments: empty the optimizer's moments too.
+        """
+        for parameter, source in zip(*self.adapted_and_source(), strict=True):
+            parameter.copy_(torch.where(when, source, parameter))
+        assert self.optimizer is not None
+        for slots in self.optimizer.state.values() if moments else ():
+            for value in slots.values():
+                if isinstance(value, Tensor):  # zeros are what a new optimizer starts from
+                    value.masked_fill_(when.to(value.device), 0)
+
     # ------------------------------------------------------------------ for a user
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Pure functions of logits and activations that several methods share."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,19 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.float().softmax(dim=1).amax(dim=1)
 
 
+def entropy_of_mean(logits: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of the mean of the predicted distributions, through ``log_softmax``.
+
+    Args:
+        logits: (views, classes), any floating dtype.
+
+    Returns:
+        float32 scalar.
+    """
+    log_mean = logits.float().log_softmax(dim=1).logsumexp(dim=0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean).sum()
+
+
 def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     """Cross-entropy of each sample against the distribution of the target logits, in nats.
 
@@ -63,6 +77,21 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
     """The matrix product, which autocast would round to half precision: of features whose small differences decide."""
     with torch.autocast(first.device.type, enabled=False):
         return first @ second
+
+
+def symmetric_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Mean of the cross-entropies of each sample in the two directions, in nats.
+
+    Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels", ICCV 2019.
+
+    Args:
+        logits: (batch, classes), any floating dtype.
+        target_logits: (batch, classes); gradients flow into them unless they are detached.
+
+    Returns:
+        (batch,), float32.
+    """
+    return (soft_cross_entropy(logits, target_logits) + soft_cross_entropy(target_logits, logits)) / 2
 
 
 def reliable(entropies: Tensor, margin: float) -> Tensor:
@@ -122,6 +151,26 @@ def below_quantile(values: Sequence[Tensor], share: float) -> list[Tensor]:
     at, above = (flat.kthvalue(min(k, len(flat))).values for k in (low + 1, low + 2))
     threshold = at + (above - at) * (rank - low)
     return [value < threshold for value in values]
+
+
+def followed(average: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """The average prediction after a batch: nine tenths of what it was, one tenth the mean of the chosen predictions.
+
+    Where none is chosen it stays as it is.
+
+    Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
+
+    Args:
+        average: (classes,); zeros stand for none yet, and the first mean replaces them.
+        probabilities: (batch, classes).
+        chosen: (batch,), boolean.
+
+    Returns:
+        (classes,).
+    """
+    new = masked_mean(probabilities, chosen)
+    blended = torch.where(average.any(), 0.9 * average + 0.1 * new, new)
+    return torch.where(chosen.any(), blended, average)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -200,27 +249,23 @@ def _trace_of_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return trace.masked_fill(failed != 0, torch.nan)
 
 
-def two_groups(scores: Tensor, valid: Tensor) -> Tensor:
-    """The threshold that splits scores into the two groups with the least variance within them (Otsu's).
+def otsu_threshold(scores: Tensor, valid: Tensor, thresholds: Tensor) -> Tensor:
+    """The threshold that splits scores into two groups with the least variance within them.
 
     Otsu, "A Threshold Selection Method from Gray-Level Histograms", IEEE Trans. SMC, 1979.
 
     Args:
         scores: (n,).
         valid: (n,), boolean: which of them count.
+        thresholds: to choose from, float64, ascending. Scores that equal one belong to the group above it.
 
     Returns:
-        a scalar, float64, one of 0, 0.01 ... 0.99: the smallest of those that are equally good, 0 where none splits the
-        scores. Those that equal it belong to the group above.
+        a scalar, float64: the smallest of those that are equally good, the first where none splits the scores.
     """
-    values, thresholds = scores.double(), 0.01 * torch.arange(100, dtype=torch.float64, device=scores.device)
-    above = valid & (values >= thresholds[:, None])
-    below = valid & ~above
-    splits = above.any(1) & below.any(1)
-    within = _squares_about_mean(values, above) + _squares_about_mean(values, below)
-    return thresholds[torch.where(splits, within, torch.inf).argmin()]
-
-
-def _squares_about_mean(values: Tensor, group: Tensor) -> Tensor:
-    mean = torch.where(group, values, 0).sum(1, keepdim=True) / group.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(group, (values - mean).square(), 0).sum(1)
+    ordered = scores.double().masked_fill(~valid, torch.inf).sort().values
+    below = torch.searchsorted(ordered, thresholds)
+    above = valid.sum() - below
+    sums = F.pad(torch.where(ordered.isfinite(), ordered, 0).cumsum(0), (1, 0))
+    gap = sums[below] / below.clamp(min=1) - (sums[-1] - sums[below]) / above.clamp(min=1)
+    between = torch.where((below > 0) & (above > 0), below * above * gap.square(), -torch.inf)
+    return thresholds[between.argmax()]  # the most variance between the groups is the least within

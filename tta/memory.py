@@ -28,10 +28,23 @@ def follow(teacher: nn.Module, student: nn.Module, share: float, when: Tensor) -
         share: of the student, in [0, 1].
         when: boolean scalar, may lie on a GPU; the teacher stays where it is if false.
     """
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    learned = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
+    blend([average for average, _ in learned], [parameter for _, parameter in learned], share, when)
+
+
+@torch.no_grad()
+def blend(tensors: Iterable[Tensor], others: Iterable[Tensor], share: float | Tensor, when: Tensor) -> None:
+    """Move each tensor towards another: ``tensor = (1 - share) * tensor + share * other``.
+
+    Args:
+        tensors, others: as many, of the same shapes.
+        share: of the others, in [0, 1]; a scalar.
+        when: boolean scalar, may lie on a GPU; the tensors stay as they are if false.
+    """
     weight = share * when.float()
-    for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
-        if parameter.requires_grad:
-            average.lerp_(parameter, weight.to(average.dtype))
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.lerp_(other, weight.to(tensor.dtype))
 
 
 @torch.no_grad()
@@ -164,6 +177,76 @@ class BalancedMemory(Bank):
         slots = torch.tensor([slot for _, _, slot in order])
         device = self.samples.device
         return self.samples[slots.to(device)], self.ages[slots].float().to(device)
+
+
+class PredictionBalancedReservoir(Bank):
+    """A bank that samples the stream at random within each predicted class, and keeps the classes balanced.
+
+    While there is room every sample is taken. In a full bank a sample of one of the largest classes takes the place of a
+    random one of its own, with the probability (samples of the class held) / (samples of the class offered so far);
+    a sample of another class takes the place of a random one of a random largest class.
+
+    Gong et al., "NOTE: Robust Continual Test-time Adaptation Against Temporal Correlation", NeurIPS 2022.
+
+    Args:
+        capacity: number of samples.
+    """
+
+    arrivals: Tensor  # number of the sample in each slot, in the order offered
+    of_class: Tensor | None  # (classes,) samples offered so far of each class
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.register_buffer("arrivals", torch.zeros(capacity, dtype=torch.int64))
+        self.register_buffer("of_class", None)
+
+    def add(self, samples: Tensor, labels: Tensor, classes: int, draw: Callable[[int], int]) -> None:
+        """Offer samples in order, each by the rule above.
+
+        Args:
+            samples: (batch, ...).
+            labels: (batch,) predicted classes, on the CPU.
+            classes: number of classes.
+            draw: a random integer from 0 to below its argument.
+        """
+        books = zip(self.labels.tolist(), self.arrivals.tolist(), strict=True)
+        slots = {slot: book for slot, book in enumerate(books) if book[0] >= 0}
+        free = [slot for slot in reversed(range(len(self.labels))) if slot not in slots]
+        offered_of = [0] * classes if self.of_class is None else self.of_class.tolist()
+        count = Counter(label for label, _ in slots.values())
+        newcomers: dict[int, int] = {}  # slot -> row of the batch
+
+        for row, label in enumerate(labels.tolist()):
+            offered_of[label] += 1
+            if not free:
+                most = max(count.values())
+                largest = sorted(other for other, held in count.items() if held == most)
+                if label not in largest:
+                    loser = largest[draw(len(largest))]
+                elif draw(offered_of[label]) < most:
+                    loser = label
+                else:
+                    continue
+                members = sorted((slot for slot in slots if slots[slot][0] == loser), key=lambda slot: slots[slot][1])
+                free.append(members[draw(len(members))])
+                del slots[free[-1]]
+                count[loser] -= 1
+            slot = free.pop()
+            slots[slot] = (label, int(self.offered) + row)
+            count[label] += 1
+            newcomers[slot] = row
+
+        self._put(samples, newcomers)
+        self.offered += len(labels)
+        self.of_class = torch.tensor(offered_of)
+        taken = torch.tensor(list(slots), dtype=torch.int64)
+        self.labels[taken] = torch.tensor([label for label, _ in slots.values()])
+        self.arrivals[taken] = torch.tensor([arrived for _, arrived in slots.values()])
+
+    def contents(self) -> Tensor:
+        """The samples, (number held, ...)."""
+        assert self.samples is not None, "contents() of a memory that was never offered a sample"
+        return self.samples[(self.labels >= 0).nonzero()[:, 0].to(self.samples.device)]
 
 
 class ReplayMemory(Bank):
