@@ -61,14 +61,16 @@ class CAFA(Adapter):
         (known,) = self.known
         share = known["class_count"] / known["class_count"].sum()
         centred = known["class_mean"] - known["mean"]
-        within = known["covariance"] - (centred.T * share) @ centred  # the whole covariance, less that of the means
+        within = known["covariance"] - matmul(
+            centred.T * share, centred
+        )  # the whole covariance, less that of the means
         mean_variance = within.diagonal().mean()
         within = (1 - self.config.shrinkage) * within + self.config.shrinkage * mean_variance * torch.eye(
             len(within), device=self.device
         )
         whitening = torch.linalg.inv(torch.linalg.cholesky(within)).T
         self.register_buffer("whitening", whitening)
-        self.register_buffer("class_mean", known["class_mean"] @ whitening)
+        self.register_buffer("class_mean", matmul(known["class_mean"], whitening))
         self.register_buffer("present", known["class_count"] > 0)
 
     def adapt(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tta import memory, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, Output, require
-from tta.functional import masked_mean, matmul, otsu_threshold, symmetric_kl
+from tta.functional import gradients_of, masked_mean, matmul, otsu_threshold, symmetric_kl
 from tta.source import Need
 
 ALIGNMENT = 0.05  # of the released code, for every data set
@@ -138,11 +138,11 @@ class OWTTT(Adapter):
                 self._expand(unit, scores, to_unknown[:, 0], unknown, threshold)
         parameters, aligned, exact = self.parameters_to_adapt(), len(seen) > 1, self.config.gradients == "exact"
         loss = self.config.ce_scale * had_prototypes * self._classification(similarities, to_unknown, scores, unknown)
-        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True) if exact else None
+        gradients = gradients_of(loss, parameters, materialize=True) if exact else None
         if aligned:
             misaligned = self.config.da_scale * ALIGNMENT * self._misalignment(x[seen])
             if gradients is not None:
-                more = torch.autograd.grad(misaligned, parameters, materialize_grads=True)
+                more = gradients_of(misaligned, parameters, materialize=True)
                 gradients = tuple(map(torch.add, gradients, more))
             loss = loss + misaligned
         self.update(loss, gradients=gradients, when=had_prototypes | aligned)

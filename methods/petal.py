@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta import augment, memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import below_quantile, confidence, logits_of, soft_cross_entropy, weighted_distance
+from tta.functional import below_quantile, confidence, gradients_of, logits_of, soft_cross_entropy, weighted_distance
 
 DAMPING = 1e-6  # of the released code, added to every variance
 
@@ -87,7 +87,7 @@ class PETAL(Adapter):
             # the negative logarithm of the prior's density, but for a constant
             prior = weighted_distance(parameters, source, self._precisions()) / 2
             loss = soft_cross_entropy(logits, target).mean() + self.config.prior_weight * prior
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            gradients = gradients_of(loss, parameters, materialize=True)
             made = self.update(loss, gradients=gradients)
             memory.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
             unimportant = below_quantile([gradient.square() for gradient in gradients], self.config.quantile)

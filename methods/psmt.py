@@ -8,7 +8,14 @@ from torch import Tensor
 
 from tta import augment, memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import below_quantile, confidence, logits_of, symmetric_cross_entropy, weighted_distance
+from tta.functional import (
+    below_quantile,
+    confidence,
+    gradients_of,
+    logits_of,
+    symmetric_cross_entropy,
+    weighted_distance,
+)
 from tta.source import Need
 
 
@@ -92,7 +99,7 @@ class PSMT(Adapter):
             if config.fisher_alpha:
                 fisher = [self.get_buffer(f"fisher{number}") for number in range(len(parameters))]
                 loss = loss + config.fisher_alpha * weighted_distance(parameters, source, fisher)
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            gradients = gradients_of(loss, parameters, materialize=True)
             made = self.update(loss, gradients=gradients)
             memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
             unimportant = below_quantile([gradient.square() for gradient in gradients], config.quantile)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tta import augment, memory, norms, sharpness
 from tta.adapter import Adapter, OptimizerConfig, Output, require
-from tta.functional import entropy
+from tta.functional import entropy, gradients_of
 
 
 @dataclass
@@ -115,10 +115,10 @@ class STAMP(Adapter):
         """One sharpness-aware step on the whole memory, the sure samples more than the unsure."""
         self._schedule()
         samples, parameters = self.memory.read(), self.parameters_to_adapt()
-        gradients = torch.autograd.grad(self._loss(samples), parameters, allow_unused=True)
+        gradients = gradients_of(self._loss(samples), parameters)
         with sharpness.perturbed(parameters, gradients, self.config.rho):
             loss = self._loss(samples)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = gradients_of(loss, parameters)
         self.update(loss, gradients=gradients)
 
     def _loss(self, samples: Tensor) -> Tensor:

@@ -176,7 +176,8 @@ class Adapter(nn.Module):
         elif when is not None and when.device.type == "cpu" and not when:
             return made  # known without waiting, and the backward pass is spared
         elif loss.requires_grad:
-            loss.backward()
+            with torch.autocast(loss.device.type, enabled=False):  # see functional.gradients_of
+                loss.backward()
         present = [p.grad for p in self._optimized() if p.grad is not None]
         if present:
             finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()

@@ -94,6 +94,18 @@ def symmetric_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     return (soft_cross_entropy(logits, target_logits) + soft_cross_entropy(target_logits, logits)) / 2
 
 
+def gradients_of(loss: Tensor, tensors: Sequence[Tensor], *, materialize: bool = False) -> tuple[Any, ...]:
+    """Gradients of a scalar, without autocast: it would round the products of the backward pass of float32 operations too.
+
+    Args:
+        loss: a scalar.
+        tensors: what to derive by.
+        materialize: zeros, not None, where the loss does not depend on a tensor.
+    """
+    with torch.autocast(loss.device.type, enabled=False):
+        return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=materialize)
+
+
 def reliable(entropies: Tensor, margin: float) -> Tensor:
     """Which samples the model is sure enough of to learn from: those with an entropy below ``margin``.
 
