@@ -288,7 +288,7 @@ def parse_request(words: Sequence[str]) -> Request:
     if len(streams) > 1:
         raise UsageError(f"One run is on one stream; got {', '.join(streams)}.")
     for name in chosen:
-        if name not in methods.available():
+        if not methods.is_known(name):
             known = [*catalog.STREAMS, *methods.available()]
             raise UsageError(
                 f"'{name}' is neither a stream nor a method.{config.nearest(name, known)} "
@@ -449,7 +449,7 @@ def _preset(method: str, request: Request) -> str | None:
     if request.run.preset:
         return request.run.preset
     name = config.load("stream", request.stream).get("preset", request.stream)
-    return name if name in config.load("method", method) else None
+    return name if name in config.load("method", method.rpartition(":")[2]) else None
 
 
 def _make_adapter(model: Any, method: str, request: Request) -> Any:
