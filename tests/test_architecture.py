@@ -39,8 +39,9 @@ MAY_IMPORT = {
     "tta.intervals": "numpy tta.results",
     "tta.engine": f"{ADAPTER} lightning torchmetrics rich tta.config tta.results tta.methods tta.datasets.*",
     "tta.report": f"{ANYTHING} rich pandas matplotlib tta.datasets.*",
+    "tta.runs": f"{ANYTHING} tta.datasets.*",
     "tta.plots": "numpy torch matplotlib tta.datasets.*",
-    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report tta.plots",
+    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report tta.plots tta.runs",
     "tta.__main__": "tta.cli",
     "tta": "tta.* tta.datasets.*",  # the table of public names, for type checkers only
 }

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,9 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from tta import config
+from tta import config, runs
 
 STREAM = "digits-c"
-BASELINE = "source"
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
@@ -48,34 +46,6 @@ example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
 
 class UsageError(ValueError):
     """The user asked for something that does not exist."""
-
-
-@dataclasses.dataclass
-class RunConfig:
-    """Settings of a run that belong to no single method or stream."""
-
-    model: str | None = None
-    checkpoint: str | None = None
-    source: str | None = None
-    preset: str | None = None
-    protocol: str = "continual"
-    reset: str | None = None
-    seed: int = 0
-    batch_size: int | None = None
-    precision: str = "32-true"
-    accelerator: str = "auto"
-    num_workers: int = 0
-
-
-@dataclasses.dataclass
-class Request:
-    """A run as the command line asked for it."""
-
-    stream: str
-    methods: list[str]
-    run: RunConfig
-    stream_settings: dict[str, Any]
-    hparams: dict[str, dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,10 +135,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     with _usage():
         request = parse_request(arguments.words)
-        stream = _make_stream(request)
-        adapters = _make_adapters(request)
+        stream = runs.make_stream(request)
+        adapters = runs.make_adapters(request)
 
-    _keep_freed_memory()
+    runs.keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     console = Console(stderr=True)
     console.print(
@@ -179,16 +149,7 @@ def _run(arguments: argparse.Namespace) -> int:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
         preset = f" (preset {adapter.preset})" if adapter.preset else ""
         console.print(f"{name} on {adapter.model.spec}{preset}: {settings}", highlight=False, markup=False)
-        run = request.run
-        result = tta.evaluate(
-            adapter,
-            stream,
-            reset=run.reset,
-            precision=run.precision,
-            accelerator=run.accelerator,
-            num_workers=run.num_workers,
-            progress=console.is_terminal,
-        )
+        result = runs.evaluate(adapter, stream, request.run, progress=console.is_terminal)
         folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
         result.save(folder)
         results.append(result)
@@ -197,20 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of a batch for the next one (up to 1 GB) instead of handing it back to the system.
-
-    Handed back, it is taken again page by page: 4 000 page faults a batch of 200 through the embedded CNN, which then
-    takes 1.7 times as long. Elsewhere than on glibc nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)  # the largest that glibc takes
-
-
-def parse_request(words: Sequence[str]) -> Request:
+def parse_request(words: Sequence[str]) -> runs.Request:
     """Sort the words of ``tta run`` into stream, methods and settings, each checked by name and type.
 
     Raises:
@@ -238,7 +186,7 @@ def parse_request(words: Sequence[str]) -> Request:
     chosen = chosen or list(METHODS)
 
     keys = {name: [f.name for f in dataclasses.fields(config_class(methods.find(name)))] for name in chosen}  # type: ignore[arg-type]
-    of_run = [field.name for field in dataclasses.fields(RunConfig)]
+    of_run = [field.name for field in dataclasses.fields(runs.RunConfig)]
     protocols = [word.partition("=")[2] for word in words if word.partition("=")[0] in ("protocol", "stream.protocol")]
     of_stream = catalog.stream_settings(stream, *protocols[-1:])
     run: dict[str, Any] = {}
@@ -278,90 +226,7 @@ def parse_request(words: Sequence[str]) -> Request:
             )
     if run.get("reset") is not None:
         run["reset"] = str(run["reset"])
-    return Request(stream, chosen, config.build(RunConfig, run), stream_settings, hparams)
-
-
-def _make_stream(request: Request) -> Any:
-    import tta
-    from tta.engine import reset_period
-
-    defaults = config.load("stream", request.stream)
-    defaults.pop("models", None)
-    run = request.run
-    if run.reset is not None:
-        reset_period(run.reset)
-    batch_size = run.batch_size or defaults.pop("batch_size", 64)
-    defaults.pop("batch_size", None)
-    settings = {**defaults, **request.stream_settings}
-    return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
-
-
-def _make_adapters(request: Request) -> list[tuple[str, Any]]:
-    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
-    import tta
-
-    models = {spec: tta.load_model(spec, checkpoint=request.run.checkpoint) for spec in _model_specs(request)}
-    made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
-    for method in request.methods:
-        if method != BASELINE:
-            spec, adapter = _on_first_supported(models, method, request)
-            made[spec].append((method, adapter))
-    if BASELINE in request.methods:
-        for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
-            made[spec].insert(0, (BASELINE, _make_adapter(models[spec], BASELINE, request)))
-    return [pair for pairs in made.values() for pair in pairs]
-
-
-def _on_first_supported(models: dict[str, Any], method: str, request: Request) -> tuple[str, Any]:
-    refusals = []
-    for spec, model in models.items():
-        try:
-            return spec, _make_adapter(model, method, request)
-        except config.ConfigError:
-            raise
-        except ValueError as refusal:
-            refusals.append(refusal)
-    raise refusals[0]
-
-
-def _model_specs(request: Request) -> list[str]:
-    """The model asked for, else those of the stream, the first of which a method supports is its own."""
-    if request.run.model:
-        return [request.run.model]
-    models = config.load("stream", request.stream).get("models")
-    if not models:
-        raise UsageError(f"Stream '{request.stream}' has no model of its own: name one, such as model=timm:resnet50.")
-    return list(models)
-
-
-def _preset(method: str, request: Request) -> str | None:
-    """The preset asked for, else the one of the stream's name where the method has it."""
-    if request.run.preset:
-        return request.run.preset
-    return request.stream if request.stream in config.load("method", method) else None
-
-
-def _make_adapter(model: Any, method: str, request: Request) -> Any:
-    import tta
-
-    source = _source_images(model, request) if _source_needs(model, method, request) else None
-    return tta.adapt(model, method, source=source, preset=_preset(method, request), **request.hparams[method])
-
-
-def _source_needs(model: Any, method: str, request: Request) -> list[Any]:
-    from tta.methods import source_needs
-
-    return source_needs(model, method, preset=_preset(method, request), **request.hparams[method])
-
-
-def _source_images(model: Any, request: Request) -> Any:
-    """What ``source=`` names, a file or a folder, else the stream's own source images."""
-    from tta.datasets import catalog
-
-    given = request.run.source
-    if given is not None and not Path(given).is_dir():
-        return given
-    return catalog.source_images(given or request.stream, model.preprocessing["input_size"])
+    return runs.Request(stream, chosen, config.build(runs.RunConfig, run), stream_settings, hparams)
 
 
 def _free(folder: Path) -> Path:
@@ -399,7 +264,7 @@ def _source(arguments: argparse.Namespace) -> int:
         model = tta.load_model(arguments.model, checkpoint=request.run.checkpoint)
         needs: list[Any] = []
         for name in request.methods:
-            needs += [need for need in _source_needs(model, name, request) if need not in needs]
+            needs += [need for need in runs.source_needs(model, name, request) if need not in needs]
         if not needs:
             raise UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
         size: Any = model.preprocessing["input_size"]
@@ -461,7 +326,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     from tta import plots
 
     with _usage():
-        stream = _make_stream(parse_request(arguments.words))
+        stream = runs.make_stream(parse_request(arguments.words))
         plots.save(plots.schedule(stream), arguments.out)
     print(arguments.out)
     return 0
