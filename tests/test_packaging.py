@@ -41,7 +41,8 @@ def test_dependencies_are_the_libraries_imported() -> None:
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     imported.add(node.module.split(".")[0])
     project = PYPROJECT["project"]
-    needs = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
+    extras = project["optional-dependencies"]
+    needs = [*project["dependencies"], *extras["plot"], *extras["ray"]]
     declared = {need.partition(">=")[0] for need in needs}
     assert {IMPORTED_AS.get(name, name) for name in declared} == imported - sys.stdlib_module_names - {"tta"}
 

@@ -1,4 +1,4 @@
-"""The ``tta`` command: run, source, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, bench, tune, source, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
@@ -41,6 +41,28 @@ DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
 settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
 example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
             tta run digits-c eata actmad source=source.safetensors
+"""
+
+BENCH_HELP = """\
+Run a benchmark: methods x models x streams x protocols x seeds, each a cell of its own. Stopped at any moment, the same command
+goes on where it was; a cell that failed stands in the table with its reason and is tried again the next time.
+
+NAME|FILE:  one of `tta list benchmarks`, or a .yaml file of your own
+settings:   methods=[source,tent] seeds=[0,1]   replaces a list of the file
+            stream.samples=100                  all streams; protocol.delta=0.1 all protocols
+            tent.lr=1e-3 grid.lr=[1e-3,5e-4]    one method; every method that has the key, a row for each value
+example:    tta bench ttab-mini --jobs 2
+            tta table runs/ttab-mini --format latex
+"""
+
+TUNE_HELP = """\
+Run a grid for each method and select hyper-parameters from it: with test labels (marked as oracle), with those of the validation
+corruptions alone, and without labels. Resumable as `tta bench` is.
+
+words:      one of `tta list benchmarks` or a .yaml file; or a stream and methods
+settings:   as in `tta bench`; select=[validation,entropy] chooses the ways, grid.lr=[1e-2,1e-3] what is searched
+ways:       episodic-oracle, online-last (both look at test labels), validation, entropy, consistency
+example:    tta tune digits-c source tent sar seeds=[0,1,2] stream.samples=100 --jobs 2
 """
 
 
@@ -91,6 +113,32 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/<date and time>)")
     run.set_defaults(action=_run)
 
+    bench = commands.add_parser(
+        "bench",
+        parents=[common],
+        help="run a benchmark, resumable, print its table",
+        description=BENCH_HELP,
+        formatter_class=raw,
+    )
+    bench.add_argument("name", metavar="NAME|FILE")
+    bench.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    bench.set_defaults(action=_bench)
+
+    tune = commands.add_parser(
+        "tune",
+        parents=[common],
+        help="select hyper-parameters, with and without labels",
+        description=TUNE_HELP,
+        formatter_class=raw,
+    )
+    tune.add_argument("words", nargs="+", metavar="NAME|FILE|STREAM|METHOD|KEY=VALUE")
+    tune.set_defaults(action=_tune)
+    for command in (bench, tune):
+        command.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/NAME)")
+        command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of this machine (default: 1)")
+        command.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto, or local for one of this machine")
+        command.add_argument("--format", default="terminal", help="of the table, as in `tta table`")
+
     source = commands.add_parser(
         "source",
         parents=[common],
@@ -110,7 +158,13 @@ def _parser() -> argparse.ArgumentParser:
     table.set_defaults(action=_table)
 
     diff = commands.add_parser("diff", parents=[common], help="name the fields in which two results differ")
-    diff.add_argument("results", nargs=2, type=Path, metavar="RESULT", help="a folder with a result.json, or the file")
+    diff.add_argument(
+        "results",
+        nargs=2,
+        type=Path,
+        metavar="RESULT",
+        help="a folder with a result.json, or the file; the second may be published:NAME",
+    )
     diff.set_defaults(action=_diff)
 
     plot = commands.add_parser("plot", parents=[common], help="draw what arrives when")
@@ -247,6 +301,68 @@ def _usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+# ---------------------------------------------------------------------- bench, tune
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from tta import benchmark
+
+    with _usage():
+        described = benchmark.load(arguments.name, _key_values(arguments.words))
+    return _run_benchmark(described, arguments)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from tta import benchmark
+    from tta.selection import WAYS
+
+    names = [word for word in arguments.words if "=" not in word]
+    settings = _key_values([word for word in arguments.words if "=" in word])
+    with _usage():
+        if len(names) == 1 and (names[0] in benchmark.available() or names[0].endswith((".yaml", ".yml"))):
+            described = benchmark.load(names[0], settings)
+        else:
+            request = parse_request(names)
+            words = {"name": f"tune-{request.stream}", "methods": request.methods, "streams": [request.stream]}
+            described = benchmark.load(words, settings)
+    described.select = described.select or list(WAYS)
+    return _run_benchmark(described, arguments)
+
+
+def _key_values(words: Sequence[str]) -> dict[str, Any]:
+    strange = next((word for word in words if "=" not in word), None)
+    if strange is not None:
+        raise UsageError(f"'{strange}' is no setting: expected KEY=VALUE.")
+    return {key: config.parse(text) for key, _, text in (word.partition("=") for word in words)}
+
+
+def _run_benchmark(described: Any, arguments: argparse.Namespace) -> int:
+    from tta import benchmark
+    from tta.cells import Failure
+
+    console = Console(stderr=True)
+    out = arguments.out or Path("runs") / described.name
+    with _usage():
+        rows = benchmark.entries(described)
+
+    def report(cell: Any, outcome: Any, done: int, total: int) -> None:
+        found = f"failed: {outcome.reason}" if isinstance(outcome, Failure) else f"{outcome.mean_error:.1f} %"
+        console.print(f"[{done}/{total}] {cell.name}: {found}", highlight=False, markup=False, soft_wrap=True)
+
+    console.print(f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}", highlight=False, markup=False)
+    summary = benchmark.run(described, rows, out, jobs=arguments.jobs, ray=arguments.ray, report=report)
+    _print_table(summary, arguments.format)
+    console.print(f"Results: {out}", highlight=False)
+    return 1 if summary.problems else 0
+
+
+def _print_table(table: Any, kind: str) -> None:
+    if kind == "terminal":
+        Console().print(table)
+    else:
+        print(table.format(kind), end="")
+
+
 # ---------------------------------------------------------------------- source
 
 
@@ -291,25 +407,30 @@ def _source(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> int:
     import tta
+    from tta import benchmark
     from tta.results import find_results
 
     with _usage():
-        comparison = tta.compare(find_results(arguments.folders))
-        if arguments.format == "terminal":
-            Console().print(comparison)
+        if len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file():
+            _print_table(benchmark.table(arguments.folders[0]), arguments.format)
         else:
-            print(comparison.format(arguments.format))
+            _print_table(tta.compare(find_results(arguments.folders)), arguments.format)
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
+    from tta import published
     from tta.results import Result, differences
 
+    one, other = map(str, arguments.results)
+    prefix, colon, name = other.partition(":")
     with _usage():
-        first, second = (Result.load(path) for path in arguments.results)
-    found = differences(first, second)
+        if colon and prefix == "published":
+            found = published.differences(Result.load(one), name)
+        else:
+            found = differences(Result.load(one), Result.load(other))
     if not found:
-        print("The two results agree in every field.")
+        print("The two results agree in every field." if not colon else "The result agrees with what was published.")
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("field", *map(str, arguments.results)):
@@ -370,10 +491,24 @@ def _protocols() -> list[tuple[str, str]]:
     return [(name, protocol.line) for name, protocol in catalog.PROTOCOLS.items()]
 
 
+def _benchmarks() -> list[tuple[str, str]]:
+    from tta import benchmark
+
+    return list(benchmark.available().items())
+
+
+def _published() -> list[tuple[str, str]]:
+    from tta import published
+
+    return list(published.available().items())
+
+
 LISTINGS = {
     "methods": _methods,
     "streams": _streams,
     "models": _models,
     "corruptions": _corruptions,
     "protocols": _protocols,
+    "benchmarks": _benchmarks,
+    "published": _published,
 }
