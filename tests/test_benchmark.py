@@ -52,6 +52,11 @@ def test_lists_and_dictionaries_say_the_same_and_numbers_are_numbers():
     assert names(words) != names(TINY)
 
 
+def test_an_axis_is_what_was_asked_for_and_no_more():
+    assert list(benchmark.load({**TINY, "protocols": ["mixed"]}).protocols) == ["mixed"]
+    assert list(benchmark.load(TINY).protocols) == ["continual"]
+
+
 def test_cells_of_one_stream_follow_one_another():
     seeds = [name.split("_seed")[1][0] for name in names(TINY)]
     assert seeds == ["0"] * 3 + ["1"] * 3

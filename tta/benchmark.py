@@ -36,7 +36,7 @@ class Benchmark:
         methods: with the hyper-parameters of each, over its preset.
         streams: with the settings of each.
         models: specs of source models, with ``checkpoint`` where one needs it; left out, the stream's own.
-        protocols: with the parameters of each.
+        protocols: with the parameters of each; left out, ``continual``.
         seeds: of the streams.
         presets: a method without the preset runs with its defaults; ``null`` is the one of the stream's name.
         grid: lists of values by hyper-parameter, for every method that has it; under a method's name for it alone.
@@ -58,7 +58,7 @@ class Benchmark:
     methods: dict[str, Any] = field(default_factory=dict)
     streams: dict[str, Any] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=dict)
-    protocols: dict[str, Any] = field(default_factory=lambda: {"continual": {}})
+    protocols: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     presets: list[Any] = field(default_factory=lambda: [None])
     grid: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +92,7 @@ def load(what: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | Non
         ConfigError: an unknown benchmark, method, stream, protocol, model, way or key; the nearest is offered.
     """
     found = {key: _named(value) if key in AXES else value for key, value in _described(what).items()}
+    found["protocols"] = found.get("protocols") or {"continual": {}}
     for key, value in (settings or {}).items():
         _replace(found, key, value)
     benchmark = config.build(Benchmark, found)
@@ -137,7 +138,6 @@ def _replace(described: dict[str, Any], key: str, value: Any) -> None:
             )
         described[key] = _named(value) if key in AXES else value
     elif owner in ("stream", "protocol"):
-        described.setdefault("protocols", {"continual": {}})
         for settings in described.get(f"{owner}s", {}).values():
             settings[name] = value
     elif owner == "grid":
