@@ -1,16 +1,23 @@
 """Draw every protocol on a small digits-c stream: python benchmarks/plot_protocols.py docs/protocols.png"""
 
 import sys
+from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 import tta
 from tta.datasets.protocols import PROTOCOLS
 from tta.plots import draw_schedule, save
 
+CORRUPTIONS = ["gaussian_noise", "defocus_blur", "snow", "contrast", "pixelate"]
+# accuracies of a made-up model: they fall by 5 points for each quarter of severity, from 95 % to 15 %
+FALLING = (95 - 5 * np.add.outer(np.arange(21), np.arange(21))).clip(min=15)
+CCC = {"total": 2400, "speed": 20, "matrix": dict.fromkeys(permutations(CORRUPTIONS, 2), FALLING)}
 VARIANTS = [
-    *((name, {}) for name in PROTOCOLS if name != "budget"),  # its schedule is that of continual
+    *((name, {}) for name in PROTOCOLS if name not in ("budget", "ccc")),  # budget's schedule is that of continual
+    ("ccc", CCC),
     ("gradual", {"first": "full"}),
     ("correlated", {"delta": 0.1}),
     ("correlated", {"delta": 0.1, "mixed": True}),
@@ -19,7 +26,6 @@ VARIANTS = [
     ("label-shift", {"prior": 4.0}),
     ("forgetting", {"learn": False}),
 ]
-CORRUPTIONS = ["gaussian_noise", "defocus_blur", "snow", "contrast", "pixelate"]
 
 
 def main(file: Path, columns: int = 3) -> None:
@@ -32,7 +38,7 @@ def main(file: Path, columns: int = 3) -> None:
             "digits-c", protocol=protocol, batch_size=20, samples=200, corruptions=CORRUPTIONS, **settings
         )
         draw_schedule(stream, *panel.subplots(2, 1, sharex=True))
-        told = " ".join(f"{key}={value}" for key, value in settings.items())
+        told = " ".join(f"{key}={value}" for key, value in settings.items() if key != "matrix")
         panel.suptitle(f"{protocol} {told} (reset {stream.reset})", fontsize=8)
     save(figure, file)
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from tta.classifier import HALF, ImageClassifier
 from tta.datasets import digits
-from tta.models import EMBEDDED, HALF, ImageClassifier
+from tta.models import EMBEDDED
 
 EPOCHS = {"digits-cnn": 40, "digits-vit": 150}
 LEARNING_RATE = {"digits-cnn": 3e-3, "digits-vit": 2e-3}
@@ -36,7 +37,7 @@ def train(name: str, epochs: int) -> tuple[nn.Module, float]:
     generator = torch.Generator().manual_seed(0)
     images, labels, _ = digits.split("train")
     images = images.float() / 255
-    model = ImageClassifier(EMBEDDED[name][0](), HALF, HALF, name, (32, 32))
+    model = ImageClassifier(EMBEDDED[name].make(), HALF, HALF, name, (32, 32))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -66,10 +67,10 @@ def main() -> None:
     torch.set_num_threads(1)  # one order of summation: the same bytes whatever else the machine does
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, (_, file) in EMBEDDED.items():
+    for name, embedded in EMBEDDED.items():
         model, error = train(name, arguments.epochs or EPOCHS[name])
         state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-        save_file(state, arguments.out / file)
+        save_file(state, arguments.out / embedded.file)
         print(f"{name}: clean held-out error {error:.2f} %")
 
 

@@ -1,5 +1,6 @@
 """The blurs: what each draws (``draw_...``), what each does; the constants are in ``corruptions.py``."""
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -25,7 +26,7 @@ def _disk(radius: float, alias_sigma: float) -> np.ndarray:
 
     As published, radii 8 and 10 touch the square's border, gain by its reflection, and brighten images by about 1 %.
     """
-    half = 8 if radius <= 8 else int(radius)
+    half = 8 if radius <= 8 else math.ceil(radius)
     soft = 1 if radius <= 8 else 2
     grid = np.arange(-half, half + 1)
     disk = (grid[:, None] ** 2 + grid**2 <= radius**2).astype(np.float64)

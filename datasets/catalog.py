@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,32 @@ from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tta.datasets.domains import DatasetImages, Domain
+from tta.datasets.domains import Classes, DatasetImages, Domain
 from tta.datasets.protocols import PROTOCOLS
 from tta.datasets.stream import Stream, check
 
-# name -> the module of this folder whose `domains(...)` makes the stream's domains, and what it is in a line
+# name -> the module of this folder whose `domains(...)`, or function named, makes the stream's domains; what it is in a line
 STREAMS = {
     "cifar10-c": ("cifar_c", "CIFAR-10-C as published, or generated from clean CIFAR-10"),
+    "cifar100-c": ("cifar_c:cifar100", "CIFAR-100-C as published, or generated from clean CIFAR-100"),
+    "cifar10.1": ("cifar10_1", "CIFAR-10.1, new test images of CIFAR-10's classes"),
+    "imagenet-c": ("imagenet_c", "ImageNet-C as published, all images or those of a list"),
+    "imagenet-3dcc": ("imagenet_c:three_d", "ImageNet-3DCC as published, twelve corruptions in three dimensions"),
+    "tiny-imagenet-c": ("imagenet_c:tiny", "Tiny-ImageNet-C as published"),
+    "imagenet-a": ("imagenet_shifts:imagenet_a", "ImageNet-A, natural images of 200 classes, scored within them"),
+    "imagenet-r": ("imagenet_shifts:imagenet_r", "ImageNet-R, renditions of 200 classes, scored within them"),
+    "imagenet-v2": ("imagenet_shifts:imagenet_v2", "ImageNet-V2, matched frequency"),
+    "imagenet-sketch": ("imagenet_shifts:imagenet_sketch", "ImageNet-Sketch, drawings of all 1000 classes"),
+    "domainnet-126": ("domain_folders:domainnet_126", "DomainNet-126: clip art, paintings, photographs, sketches"),
+    "pacs": ("domain_folders:pacs", "PACS: photographs, art paintings, cartoons, sketches"),
+    "officehome": ("domain_folders:officehome", "Office-Home: art, clip art, products, photographs"),
+    "imagefolder": ("imagefolder", "your own folder CLASS/IMAGE, or DOMAIN/CLASS/IMAGE"),
+    "imagefolder-c": ("imagefolder:corrupted", "your own folder CLASS/IMAGE, corrupted as the images are needed"),
     "digits-c": ("digits_c", "scikit-learn's digits, 800 held-out images, corrupted as they are needed"),
 }
+
+
+UNTOLD = ("model", "cache", "progress")  # what a stream takes from them its domains tell, or they change nothing of it
 
 
 def stream(
@@ -69,7 +86,7 @@ def stream(
             if key not in stream_settings(name, protocol):
                 known = stream_settings(name, protocol)
                 raise ValueError(_unknown(f"setting of stream '{name}', protocol '{protocol}':", key, known))
-        domains = import_module(f"tta.datasets.{STREAMS[name][0]}").domains(seed=seed, **of_stream)
+        domains = _maker(name)(seed=seed, **of_stream)
     else:
         if of_stream:
             raise ValueError(
@@ -85,9 +102,9 @@ def stream(
         rows,
         batch_size=schedule.batch_size,
         seed=seed,
-        protocol=protocol,
+        protocol=schedule.protocol or protocol,
         reset=reset,
-        settings={key: _told(value) for key, value in settings.items()},
+        settings={key: _told(value) for key, value in settings.items() if key not in UNTOLD},
         schedule=schedule,
     )
 
@@ -106,7 +123,7 @@ def source_images(name: str, size: Sequence[int] | None = None) -> Tensor | Data
         ValueError: the stream offers no source images, or there is neither such a stream nor such a folder.
     """
     if name in STREAMS:
-        make = getattr(import_module(f"tta.datasets.{STREAMS[name][0]}"), "source_images", None)
+        make = getattr(_module(name), "source_images", None)
         if make is None:
             raise ValueError(
                 f"Stream '{name}' offers no source images. Name a folder of images, or statistics saved by `tta source`, as source=PATH."
@@ -125,9 +142,23 @@ def _fitted(image: Any, size: Sequence[int] | None) -> Tensor:
     return transforms.functional.center_crop(transforms.functional.resize(pixels, [max(size) * 8 // 7]), list(size))
 
 
+def classes_of(name: str) -> Classes | None:
+    """What the labels of a stream count, where that is known without its images."""
+    known: Mapping[str, Classes] = getattr(_module(name), "CLASSES_OF", {})
+    return known.get(name)
+
+
+def _module(name: str) -> Any:
+    return import_module(f"tta.datasets.{STREAMS[name][0].partition(':')[0]}")
+
+
+def _maker(name: str) -> Callable[..., list[Domain]]:
+    return getattr(_module(name), STREAMS[name][0].partition(":")[2] or "domains")
+
+
 def stream_settings(name: str, protocol: str = "continual") -> list[str]:
     """Names of the settings that a stream accepts beside batch size, seed and protocol, the protocol's own included."""
-    make = import_module(f"tta.datasets.{STREAMS[name][0]}").domains
+    make = _maker(name)
     own = protocol_settings(protocol) if protocol in PROTOCOLS else {}
     return [*(key for key in inspect.signature(make).parameters if key != "seed"), *own]
 

@@ -1,22 +1,42 @@
-"""``cifar10-c``: the published files, or corruptions generated from clean CIFAR-10 where only that is at hand."""
+"""``cifar10-c``, ``cifar100-c``: the published files, or corruptions generated where only clean CIFAR is at hand."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import functional as F
 
 from tta import fingerprint
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.domains import CleanImages, CorruptedImages, Domain
+from tta.datasets.domains import Classes, CleanImages, CorruptedImages, Domain
+from tta.datasets.files import read_from
+from tta.paths import data_root
 
 IMAGES = 10_000  # in the test set, and in each severity of a published file
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class Cifar(NamedTuple):
+    """One of the two data sets: what it is called, how many classes it has, who reads it clean."""
+
+    name: str
+    classes: int
+    reader: type[CIFAR10]
+
+    @property
+    def short(self) -> str:
+        """Its name for ``tta download``: ``cifar10``."""
+        return self.name.lower().replace("-", "")
+
+
+CIFAR_10 = Cifar("CIFAR-10", 10, CIFAR10)
+CIFAR_100 = Cifar("CIFAR-100", 100, CIFAR100)
 
 
 def domains(
@@ -40,7 +60,7 @@ def domains(
       the same way.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``.
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         severity: 1 to 5.
         corruptions: which, and in which order.
         samples: only the first so many images of each domain; all 10 000 if left out.
@@ -50,21 +70,58 @@ def domains(
         FileNotFoundError: none of them is there; the message says how to get one.
         ValueError: a file that is truncated or of another shape, an unknown corruption, a severity out of range.
     """
+    return _domains(CIFAR_10, root, severity, corruptions, samples, seed)
+
+
+def cifar100(
+    *,
+    root: str | Path | None = None,
+    severity: int = 5,
+    corruptions: Sequence[str] = CORRUPTIONS,
+    samples: int | None = None,
+    seed: int = 0,
+) -> list[Domain]:
+    """The CIFAR-100 test images, once for each corruption, in the canonical order.
+
+    ``root`` is, or holds, ``CIFAR-100-C/`` as published (https://zenodo.org/records/3555552, laid out as CIFAR-10-C), or
+    ``cifar-100-python/``, clean CIFAR-100 as torchvision downloads it. All else is as for ``cifar10-c``: see
+    :func:`domains`.
+    """
+    return _domains(CIFAR_100, root, severity, corruptions, samples, seed)
+
+
+def _domains(
+    kind: Cifar,
+    root: str | Path | None,
+    severity: int,
+    corruptions: Sequence[str],
+    samples: int | None,
+    seed: int,
+) -> list[Domain]:
     if severity not in range(1, 6):
         raise ValueError(f"severity is 1, 2, 3, 4 or 5; got {severity}.")
     if samples is not None and not 1 <= samples <= IMAGES:
         raise ValueError(f"samples is between 1 and {IMAGES}; got {samples}.")
-    folder = Path(root if root is not None else os.environ.get("TTA_DATA", "data"))
-    published = next((place for place in (folder / "CIFAR-10-C", folder) if (place / "labels.npy").exists()), None)
+    folder = Path(root) if root is not None else data_root()
+    places = (folder / f"{kind.name}-C", folder)
+    published = next((place for place in places if (place / "labels.npy").exists()), None)
     if published is not None:
-        labels = _read_block(published / "labels.npy", (), severity)
-        checked = torch.from_numpy(labels[:samples].astype(np.int64))
-        return [PublishedImages(name, published / f"{name}.npy", checked, severity) for name in corruptions]
-    clean, known, origin = _clean(folder)
+        labels = _read_labels(published, severity, kind)[:samples]
+        return [PublishedImages(name, published / f"{name}.npy", labels, severity, kind) for name in corruptions]
+    clean, known, origin = clean_images(folder, kind)
     part = slice(samples)
     index = torch.arange(IMAGES)
     return [
-        CorruptedImages(name, clean[part], known[part], index[part], severity=severity, seed=seed, origin=origin)
+        CorruptedImages(
+            name,
+            clean[part],
+            known[part],
+            index[part],
+            severity=severity,
+            seed=seed,
+            origin=origin,
+            classes=Classes(kind.classes),
+        )
         for name in corruptions
     ]
 
@@ -77,14 +134,19 @@ class PublishedImages:
         file: uint8 (50000, 32, 32, 3) in five blocks of 10 000 images, one a severity.
         labels: (n,), int64, of the first n images of a block.
         severity: 1 to 5.
+        kind: of which data set.
     """
 
-    def __init__(self, name: str, file: Path, labels: Tensor, severity: int) -> None:
+    recipe = "cifar"
+
+    def __init__(self, name: str, file: Path, labels: Tensor, severity: int, kind: Cifar = CIFAR_10) -> None:
         self.name = name
         self.labels = labels
         self.index = torch.arange(len(labels))
         self.severity = severity
-        self.origin = f"read from {file.parent}, severity {severity}"
+        self.origin = f"{read_from(file.parent)}, severity {severity}"
+        self.classes = Classes(kind.classes)
+        self._kind = kind
         self._file = file
         self._block = _read_block(file, (32, 32, 3), severity)
 
@@ -94,11 +156,11 @@ class PublishedImages:
 
     def at(self, severity: int) -> "PublishedImages":
         """The same images under the same corruption at another severity."""
-        labels = _read_block(self._file.with_name("labels.npy"), (), severity)[: len(self.labels)]
-        return PublishedImages(self.name, self._file, torch.from_numpy(labels.astype(np.int64)), severity)
+        labels = _read_labels(self._file.parent, severity, self._kind)[: len(self.labels)]
+        return PublishedImages(self.name, self._file, labels, severity, self._kind)
 
     def clean(self) -> CleanImages:
-        """The same images without the corruption, from clean CIFAR-10 beside the published folder.
+        """The same images without the corruption, from clean CIFAR beside the published folder.
 
         Raises:
             FileNotFoundError: it is not there; the message says how to get it.
@@ -106,17 +168,17 @@ class PublishedImages:
         """
         folder = self._file.parent.parent
         try:
-            images, labels, origin = _clean(folder)
+            images, labels, origin = clean_images(folder, self._kind)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"No clean CIFAR-10 in '{folder}', beside the corrupted images: torchvision.datasets.CIFAR10('{folder}', "
-                "download=True) puts it there."
+                f"No clean {self._kind.name} in '{folder}', beside the corrupted images: "
+                f"`tta download {self._kind.short} --root {folder}` puts it there."
             ) from None
         first = slice(len(self.labels))
         if not torch.equal(labels[first], self.labels):
             raise ValueError(
                 f"The labels of {origin} are not those of {self._file.parent}: the images come in another order. Use "
-                "CIFAR-10 as torchvision downloads it."
+                f"{self._kind.name} as torchvision downloads it."
             )
         return CleanImages(images[first], labels[first], self.index, origin=origin)
 
@@ -127,9 +189,29 @@ class PublishedImages:
         return {"origin": self.origin, "content": content}
 
 
+def _read_labels(folder: Path, severity: int, kind: Cifar) -> Tensor:
+    """Labels of a severity, (10000,), int64."""
+    labels = torch.from_numpy(_read_block(folder / "labels.npy", (), severity).astype(np.int64))
+    if int(labels.min()) < 0 or int(labels.max()) >= kind.classes:
+        raise ValueError(
+            f"'{folder / 'labels.npy'}' holds labels from {labels.min()} to {labels.max()}; expected 0 to "
+            f"{kind.classes - 1}: it is not that of {kind.name}-C."
+        )
+    return labels
+
+
 def _read_block(file: Path, shape: tuple[int, ...], severity: int) -> np.ndarray:
     """The part of a published file that belongs to a severity, (10000, *shape) uint8, as a memory map."""
-    expected = (5 * IMAGES, *shape)
+    return read_array(file, (5 * IMAGES, *shape))[(severity - 1) * IMAGES : severity * IMAGES]
+
+
+def read_array(file: Path, expected: tuple[int, ...]) -> np.ndarray:
+    """A file of images, uint8 (n, height, width, 3), or of labels, integers (n,), as a memory map.
+
+    Raises:
+        FileNotFoundError: no such file; those beside it are listed.
+        ValueError: it is truncated, no .npy, or of another shape or type.
+    """
     if not file.exists():
         there = sorted(other.stem for other in file.parent.glob("*.npy") if other.stem != "labels")
         raise FileNotFoundError(f"There is no '{file}'. That folder holds: {', '.join(there) or 'no .npy file'}.")
@@ -142,27 +224,31 @@ def _read_block(file: Path, shape: tuple[int, ...], severity: int) -> np.ndarray
             f"'{file}' cannot be read as uint8 {expected}: it has {file.stat().st_size} bytes, and a whole file has "
             f"{int(np.prod(expected))} behind its header ({error}). It may be truncated: get it again."
         ) from None
-    if array.shape != expected or (shape and array.dtype != np.uint8) or array.dtype.kind not in "ui":
-        kind = "uint8" if shape else "integers"
+    images = len(expected) > 1
+    if array.shape != expected or (images and array.dtype != np.uint8) or array.dtype.kind not in "ui":
+        kind = "uint8" if images else "integers"
         raise ValueError(f"'{file}' holds {array.dtype} {array.shape}; expected {kind} {expected}.")
-    return array[(severity - 1) * IMAGES : severity * IMAGES]
+    return array
 
 
-def _clean(folder: Path) -> tuple[Tensor, Tensor, str]:
+def clean_images(folder: Path, kind: Cifar) -> tuple[Tensor, Tensor, str]:
     """The clean test images uint8 (10000, 3, 32, 32), their labels, and where they come from in words."""
-    home = folder.parent if folder.name == CIFAR10.base_folder else folder  # torchvision names the folder above
-    if (home / CIFAR10.base_folder).is_dir():
-        data = CIFAR10(str(home), train=False)
+    inner = kind.reader.base_folder
+    home = folder.parent if folder.name == inner else folder  # torchvision names the folder above
+    if (home / inner).is_dir():
+        data = kind.reader(str(home), train=False)
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-        return images, torch.tensor(data.targets), f"clean CIFAR-10 in {home / CIFAR10.base_folder}"
-    for place in (folder / "test", folder):
-        if (place / CLASSES[0]).is_dir():
-            return *_image_folder(place), f"clean image files in {place}"
+        return images, torch.tensor(data.targets), f"clean {kind.name} in {home / inner}"
+    files = ""
+    if kind is CIFAR_10:
+        files = f", and test/{CLASSES[0]}/ (image files)"
+        for place in (folder / "test", folder):
+            if (place / CLASSES[0]).is_dir():
+                return *_image_folder(place), f"clean image files in {place}"
     raise FileNotFoundError(
-        f"No CIFAR-10-C and no clean CIFAR-10 in '{folder}'. Looked for CIFAR-10-C/labels.npy (the published files, "
-        "https://zenodo.org/records/2535967), cifar-10-batches-py/ (torchvision.datasets.CIFAR10(folder, "
-        f"download=True)), and test/{CLASSES[0]}/ (image files). Name the folder with stream.root=PATH or the "
-        "environment variable TTA_DATA."
+        f"No {kind.name}-C and no clean {kind.name} in '{folder}'. Looked for {kind.name}-C/labels.npy (the published files: "
+        f"`tta download {kind.short}-c`), {inner}/ (`tta download {kind.short}`){files}. Name the folder with "
+        "stream.root=PATH or the environment variable TTA_DATA."
     )
 
 
@@ -181,8 +267,8 @@ def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
 
 def _decode(file: Path) -> Tensor:
     try:
-        image = decode_image(read_file(str(file)), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
+        image = F.pil_to_tensor(pil_loader(file))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow: a broken PNG is a SyntaxError
         raise ValueError(f"'{file}' is not an image that can be decoded ({error}).") from None
     if image.shape != (3, 32, 32):
         raise ValueError(f"'{file}' is {image.shape[1]} x {image.shape[2]} pixels; expected 32 x 32.")

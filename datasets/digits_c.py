@@ -15,12 +15,12 @@ def source_images() -> Tensor:
 
 
 def domains(
-    *, severity: int = 5, corruptions: Sequence[str] = CORRUPTIONS, samples: int | None = None, seed: int = 0
+    *, severity: float = 5, corruptions: Sequence[str] = CORRUPTIONS, samples: int | None = None, seed: int = 0
 ) -> list[CorruptedImages]:
     """The held-out digits, once for each corruption, in the canonical order.
 
     Args:
-        severity: 1 to 5.
+        severity: 0 to 5, see :func:`tta.datasets.corrupt`.
         corruptions: which, and in which order; those to tune on too.
         samples: only the first so many images of each domain; all 800 if left out.
         seed: of the corruptions' draws.

@@ -28,7 +28,7 @@ def draw_uniform(keys: Keys, setting: Setting, size: Size) -> Draws:
     return {"uniform": random.uniform(keys("uniform"), (3, *size))}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def _poisson_table(photons: float) -> Tensor:
     """Distribution functions of the 256 grey levels, each raised by its level: one increasing sequence, float64.
 

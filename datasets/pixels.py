@@ -136,14 +136,15 @@ def centre_zoom(x: Tensor, factor: float) -> Tensor:
     return x
 
 
-def motion(x: Tensor, angle: Tensor, radius: int, sigma: float) -> Tensor:
+def motion(x: Tensor, angle: Tensor, radius: float, sigma: float) -> Tensor:
     """Blur along a line that leaves each pixel of (n, c, h, w) at an angle (n,), in degrees clockwise from the right.
 
-    The published generator calls ImageMagick's motion blur: width 2 radius + 1, half a Gaussian, offsets rounded to
-    whole pixels, edge pixels repeated, the result rounded to 8 bits.
+    The published generator calls ImageMagick's motion blur: width 2 radius + 1, the radius rounded up, half a Gaussian,
+    offsets rounded to whole pixels, edge pixels repeated, the result rounded to 8 bits.
     """
-    steps = torch.arange(2 * radius + 1, device=x.device)
-    weights = np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * sigma**2))
+    width_of_blur = 2 * math.ceil(radius) + 1
+    steps = torch.arange(width_of_blur, device=x.device)
+    weights = np.exp(-(np.arange(width_of_blur) ** 2) / (2 * sigma**2))
     radians = torch.deg2rad(angle.double())[:, None]
     down = (steps * radians.sin() - 0.5).ceil().long()
     right = (steps * radians.cos() - 0.5).ceil().long()

@@ -5,11 +5,14 @@ gives the domains in the order of their rows in the results, and a :class:`~tta.
 comes from ``numpy.random.RandomState(seed)``, drawn in the order of the released code, unless that code draws otherwise.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import islice
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tta.datasets import ccc as walks
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import DatasetImages, Domain, Renamed, Visit, WithOutliers
 from tta.datasets.stream import Schedule, check, in_turn
@@ -152,7 +156,8 @@ def gradual(
     for number, domain in enumerate(_arranged(domains, order)):
         if not hasattr(domain, "severity"):
             raise ValueError(f"Protocol 'gradual' needs domains with severities; '{domain.name}' has none.")
-        severities = range(1, domain.severity + 1)
+        _require(domain.severity % 1 == 0, "severity of protocol 'gradual'", domain.severity, "a whole number")
+        severities = range(1, int(domain.severity) + 1)
         rising = [Renamed(domain.at(s), f"{domain.name}-{s}") for s in severities]  # type: ignore[attr-defined]
         if number > 0 or first == "full":
             steps += rising[:-1]
@@ -426,6 +431,108 @@ def _takes(counts: Sequence[int], rng: np.random.RandomState) -> Iterator[tuple[
         yield number, batches
 
 
+# ---------------------------------------------------------------------- two corruptions at a time
+
+
+def ccc(
+    domains: Sequence[Domain],
+    seed: int,
+    batch_size: int,
+    *,
+    target: float = 20.0,
+    speed: int = 1000,
+    total: int | None = None,
+    matrix: Any = None,
+    model: Any = None,
+    per_cell: int = 200,
+    grid: float = 0.5,
+    recipe: str | None = None,
+    cache: str | PurePath | None = None,
+    progress: Any = None,
+) -> Planned:
+    """Continuously changing corruptions: two at a time, one turns into the next while accuracy stays the same; never reset.
+
+    Press et al., "RDumb: A simple approach that questions our progress in continual test-time adaptation", NeurIPS 2023.
+    Pairs of corruptions, the second of one being the first of the next, each along its path through the severities, 0 to 5
+    in steps of 0.25 (:func:`tta.datasets.ccc.path`). Neighbouring stops differ by 0.25 in one severity, but where a pair
+    follows on another: one ends at its second corruption alone, the next starts at that corruption alone, at a severity
+    that may differ. One domain, one row: the error over the whole stream, as published. Batches cross stops.
+
+    A pair under which a model never comes near the target has the nearest path there is, far from it (digits hardly suffer
+    from jpeg_compression and zoom_blur): the stream, printed, tells the accuracy to expect. Leave such corruptions out.
+
+    The pairs are those of the released code from the same seed (43, 44, 45 there), the paths too from its matrix. Which
+    images come is not: there it hangs on the draws of the corruptions before. Here the images come as the stream has them,
+    there a random crop of each, mirrored at random, stored as JPEG; and as many as are asked for, there a last file of
+    some 25 000 is filled.
+
+    Args:
+        target: accuracy of the source model in percent: 40, 20 and 0 in CCC-Easy, -Medium and -Hard. Below 40 without
+            jpeg_compression, below 20 with noises and contrast only, never with brightness; of these, the corruptions that
+            the stream has.
+        speed: images at each stop; 1000, 2000 and 5000 in the paper.
+        total: images in the stream; left out, 150 for each there is, the 7 500 000 of ImageNet's 50 000.
+        matrix: accuracy matrices: a file (:meth:`tta.datasets.ccc.AccuracyMatrix.read`), a mapping such a file holds, or
+            what :func:`tta.datasets.ccc.calibrate` gives. The protocol is called ``ccc-style`` where it is calibrated.
+        model: source model on which the pairs that come are calibrated where there is no matrix, on clean images of the
+            stream (:class:`tta.datasets.ccc.Calibration`); grid, cache and progress are the calibration's too.
+        per_cell: how many images that is, spread evenly over the stream's.
+        recipe: of the corruptions; left out, the stream's own, ``"imagenet"`` for a dataset of yours.
+    """
+    _require(0 <= target <= 100, "target", target, "an accuracy in percent")
+    _require(speed >= 1, "speed", speed, "1 or more")
+    _require(total is None or total >= 1, "total", total, "1 or more")
+    _require(per_cell >= 1, "per_cell", per_cell, "1 or more")
+    names, clean = _pool(domains, target)
+    if recipe is None:
+        recipe = str(getattr(domains[0], "recipe", "imagenet"))
+    accuracies = _given(matrix)
+    if accuracies is None and model is None:
+        raise ValueError(
+            "Protocol 'ccc' needs accuracies: the published matrix or one of yours as matrix=PATH, or a source model to "
+            "calibrate on as model=MODEL."
+        )
+    if accuracies is None:
+        spread = torch.arange(0, len(clean.index), max(1, len(clean.index) // per_cell))[:per_cell]
+        images = walks.to_uint8(clean.images(spread))
+        accuracies = walks.Calibration(
+            model, images, clean.labels[spread], recipe=recipe, seed=seed, grid=grid, cache=cache, progress=progress
+        )
+    count = 150 * len(clean.index) if total is None else total
+    stops = list(islice(walks.stops(walks.pairs(names, seed), accuracies, target), math.ceil(count / speed)))
+    chosen = walks.arrivals(len(clean.index), len(stops), speed, seed)[:count]
+    name = "ccc" if accuracies.calibration is None else "ccc-style"
+    walk = walks.Walk(name, clean, chosen, stops, speed, recipe=recipe, seed=seed, target=target, matrix=accuracies)
+    return [walk], replace(_one_stream(_samples([walk]), batch_size), protocol=name)
+
+
+def _pool(domains: Sequence[Domain], target: float) -> tuple[list[str], Domain]:
+    """Which corruptions there are of those that a target needs, and the images without them."""
+    pool, first = walks.pool(target), domains[0]
+    if not hasattr(first, "clean"):
+        if len(domains) > 1:
+            raise ValueError(
+                f"Protocol 'ccc' corrupts one domain of clean images; got {len(domains)}, {first.name} and others."
+            )
+        return list(pool), first
+    there = [name for name in pool if name in {domain.name for domain in domains}]
+    if len(there) < 2:
+        raise ValueError(
+            f"Protocol 'ccc' with target={target:g} needs two or more of {', '.join(pool)}; the stream has: "
+            f"{', '.join(there) or 'none'}."
+        )
+    return there, first.clean()
+
+
+def _given(matrix: Any) -> walks.AccuracyMatrix | None:
+    if matrix is None or isinstance(matrix, walks.AccuracyMatrix):
+        return matrix
+    if isinstance(matrix, Mapping):
+        return walks.AccuracyMatrix(matrix)
+    _require(isinstance(matrix, (str, PurePath)), "matrix", matrix, "a file, a mapping, or what calibrate() gives")
+    return walks.AccuracyMatrix.read(matrix)
+
+
 # ---------------------------------------------------------------------- unknown classes
 
 
@@ -532,6 +639,7 @@ PROTOCOLS = {
     "recurring": Protocol(recurring, "never"),
     "label-shift": Protocol(label_shift, "domain"),
     "batch-1": Protocol(batch_1, "domain"),
+    "ccc": Protocol(ccc, "never"),
     "outliers": Protocol(outliers, "domain"),
     "forgetting": Protocol(forgetting, "never"),
     "budget": Protocol(budget, "never"),

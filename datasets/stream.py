@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tta import fingerprint
-from tta.datasets.domains import Domain, gather, to_float
+from tta.datasets.domains import Classes, Domain, gather, to_float
 
 
 class Batch(NamedTuple):
@@ -53,6 +53,7 @@ class Schedule:
         paused: for each batch whether it is predicted without learning; empty where none is.
         cost: time that learning from a batch takes, in batches of the stream: a slow method misses
             some (:func:`tta.evaluate`). ``"measured"``: found in a warm-up.
+        protocol: the protocol's name in results where it is not the one it was asked for by.
     """
 
     order: Tensor
@@ -60,6 +61,7 @@ class Schedule:
     batch_size: int
     paused: tuple[bool, ...] = ()
     cost: float | str = 1.0
+    protocol: str | None = None
 
 
 def check(domains: Sequence[Domain], batch_size: int) -> None:
@@ -179,15 +181,73 @@ class Stream(Dataset[Batch]):
             stored = self[batch]
             yield stored._replace(images=to_float(stored.images))
 
+    def clean(self) -> "Stream":
+        """The source domain, in batches of the same size: the images of the first domain without what was done to them.
+
+        Raises:
+            ValueError: the images came damaged, there are no others.
+        """
+        undamaged = getattr(self.domains[0], "clean", None)
+        if undamaged is None:
+            raise ValueError(f"Domain '{self.domains[0].name}' of stream '{self.name}' has no clean images.")
+        return Stream(self.name, [undamaged()], batch_size=self.batch_size, seed=self.seed, protocol="clean")
+
     @property
     def origins(self) -> list[str]:
         """Where the images come from, in words, each origin once."""
         return list(dict.fromkeys(domain.origin for domain in self.domains))
 
     @property
+    def classes(self) -> Classes | None:
+        """What the labels count, where the domains know it.
+
+        Raises:
+            ValueError: the domains count different classes.
+        """
+        known = {getattr(domain, "classes", None): domain.name for domain in self.domains}
+        known.pop(None, None)
+        if len(known) > 1:
+            counts = ", ".join(f"{name} {classes.count}" for classes, name in known.items() if classes)
+            raise ValueError(f"The domains of a stream share their classes; here they differ: {counts}.")
+        return next(iter(known), None)
+
+    def check_logits(self, count: int) -> None:
+        """Raise a ValueError unless a model with so many logits is one for the classes of this stream."""
+        classes = self.classes
+        if classes is None:
+            highest = max((int(domain.labels.max()) for domain in self.domains if len(domain.labels)), default=-1)
+            if highest >= count:
+                raise ValueError(
+                    f"Stream '{self.name}' has the label {highest}; the model gives {count} logits, from 0 on."
+                )
+        elif classes.count != count:
+            select = (
+                f" They are {classes.count} of the outputs of a larger model: model.select_logits(stream.classes.logits) "
+                "makes one of tta.load_model give those, before tta.adapt; let a model of yours return "
+                "logits[:, stream.classes.logits]."
+                if classes.logits is not None
+                else " Take a model of these classes; of a folder of your own, class_map= says which outputs they are."
+            )
+            raise ValueError(
+                f"Stream '{self.name}' has {classes.count} classes; the model gives {count} logits.{select}"
+            )
+
+    @property
     def samples(self) -> int:
         """Samples in the whole stream."""
         return len(self.order)
+
+    def clean_images(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """The first ``count`` images and labels as they were before any corruption; None where they are not at hand."""
+        make = next((domain.clean for domain in self.domains if hasattr(domain, "clean")), None)
+        if make is None:
+            return None
+        try:
+            clean = make()
+        except (FileNotFoundError, ValueError):  # published corruptions without the clean images beside them
+            return None
+        first = torch.arange(min(count, len(clean.index)))
+        return clean.images(first), clean.labels[first]
 
     def schedule(self) -> list[Plan]:
         """What arrives when, batch by batch; reads no image."""
@@ -214,6 +274,7 @@ class Stream(Dataset[Batch]):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "samples": self.samples,
+            "classes": self.classes._asdict() if self.classes else None,
             "settings": self.settings,
             "order": fingerprint.of_tensors([("order", self.order)]),
             "image_ids": fingerprint.of_tensors((domain.name, domain.index) for domain in self.domains),

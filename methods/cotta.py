@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from tta import augment, memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import logits_of, soft_cross_entropy
+from tta.functional import logits_of, soft_cross_entropy, symmetric_cross_entropy
 
 
 @dataclass
@@ -84,9 +84,7 @@ class CoTTA(Adapter):
             logits = logits_of(self.model(x))
             with torch.no_grad():
                 target = self._averaged(x) if self._is_uncertain(x) else self.predict(x)
-            loss = soft_cross_entropy(logits, target)
-            if config.symmetric:
-                loss = (loss + soft_cross_entropy(target, logits)) / 2
+            loss = (symmetric_cross_entropy if config.symmetric else soft_cross_entropy)(logits, target)
             made = self.update(loss.mean())
             memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
             self._restore(when=made)

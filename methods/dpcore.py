@@ -1,6 +1,5 @@
 """DPCore: dynamic prompt coreset."""
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -104,8 +103,7 @@ class DPCore(Adapter):
         vit: Any = taps.vision_transformer(self.model)
         config, shape = self.config, (1, self.config.num_prompts, vit.embed_dim)
         if config.initial_prompts is None:
-            bound = math.sqrt(6 / (vit.patch_embed.proj.weight[0].numel() + vit.embed_dim))
-            initial = (2 * torch.rand(shape, generator=self.generator) - 1) * bound
+            initial = taps.random_tokens(vit, config.num_prompts, self.generator)
         else:
             initial = torch.as_tensor(config.initial_prompts).float()
             require(initial.shape == shape, f"initial_prompts of shape {tuple(initial.shape)}", f"{shape}")

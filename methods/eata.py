@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import entropy, masked_mean, reliable, unlike
+from tta.functional import entropy, followed, masked_mean, reliable, unlike
 from tta.source import Need
 
 
@@ -98,7 +98,7 @@ class EATA(Adapter):
             if self.fisher is not None:
                 loss = loss + self.config.fisher_alpha * (self.fisher * (self._weights() - self.anchor).square()).sum()
             self.update(loss, when=chosen.any())
-            self._remember(probabilities, chosen)
+            self.average = followed(self.average, probabilities, chosen)
         return logits
 
     def reset(self) -> None:
@@ -106,12 +106,6 @@ class EATA(Adapter):
         super().reset()
         if self.config.keep_average:
             self.average = average
-
-    def _remember(self, probabilities: Tensor, chosen: Tensor) -> None:
-        assert self.average is not None
-        new = masked_mean(probabilities, chosen)
-        blended = torch.where(self.average.any(), 0.9 * self.average + 0.1 * new, new)
-        self.average = torch.where(chosen.any(), blended, self.average)
 
     def _weights(self) -> Tensor:
         return torch.cat([parameter.flatten() for parameter in self.parameters_to_adapt()])

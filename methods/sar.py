@@ -11,8 +11,6 @@ from tta import norms, sharpness
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import entropy, masked_mean, reliable
 
-TOP = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm")
-
 
 @dataclass
 class SARConfig(OptimizerConfig):
@@ -33,7 +31,7 @@ class SARConfig(OptimizerConfig):
     margin_e0: float | None = None
     reset_constant: float | None = None
     rho: float = 0.05
-    exclude: tuple[str, ...] = TOP
+    exclude: tuple[str, ...] = norms.TOP
     recovery: Literal["full", "weights"] = "full"
 
     def __post_init__(self) -> None:
@@ -59,14 +57,7 @@ class SAR(Adapter):
         self.model.requires_grad_(False)
         for layer in norms.layers(self.model):
             norms.use_batch_statistics(layer)
-        named = norms.named_layers(self.model)
-        adapted = [layer for name, layer in named if not norms.within(name, self.config.exclude)]
-        if not adapted:
-            raise ValueError(
-                f"All {len(named)} normalisation layers of {type(self.model).__name__} are excluded by "
-                f"exclude={list(self.config.exclude)}. Exclude fewer; they are called {', '.join(n for n, _ in named)}."
-            )
-        for layer in adapted:
+        for layer in norms.layers_outside(self.model, self.config.exclude):
             layer.requires_grad_(True)
         self.register_buffer("average_loss", torch.tensor(math.inf))  # no loss seen yet: below no threshold
 
@@ -93,16 +84,8 @@ class SAR(Adapter):
         average = torch.where(self.average_loss.isinf(), loss, 0.9 * self.average_loss + 0.1 * loss)
         self.average_loss.copy_(torch.where(made, average, self.average_loss))
         collapsed = self.average_loss < threshold
-        source = self.source_tensors()
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.where(collapsed, source[name], parameter))
+        self.restore(collapsed, moments=self.config.recovery == "full")
         if self.config.recovery == "full":
-            assert self.optimizer is not None
-            for moments in self.optimizer.state.values():
-                for value in moments.values():
-                    if isinstance(value, Tensor):  # zeros are what a new optimizer starts from
-                        value.masked_fill_(collapsed.to(value.device), 0)
             self.average_loss.masked_fill_(collapsed, math.inf)
 
 

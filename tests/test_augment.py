@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import functional as T
 
 from tta import augment
-from tta.augment import ViewFactors, draw_factors, paper_view
+from tta.augment import ViewFactors, draw_factors, paper_view, sharp_view
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def images():
     return torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def published(x, factors):
-    """Jitter, edge padding by half the size, affine map, blur, centre crop, flip, as the released code does it."""
+def published(x, factors, padding="edge"):
+    """Jitter, padding by half the size, affine map, blur (ROID: none), centre crop, flip, as the released code does it."""
     height, width = x.shape[2:]
     jitter = [
         lambda x: T.adjust_brightness(x, factors.brightness),
@@ -28,10 +28,12 @@ def published(x, factors):
     x = x.clamp(0, 1)
     for operation in factors.order:
         x = jitter[operation](x)
-    x = T.pad(x, [width // 2, height // 2], padding_mode="edge")
+    x = T.pad(x, [width // 2, height // 2], padding_mode=padding)
     shift = [round(share * size) for share, size in zip(factors.shift, (width, height), strict=True)]
     x = T.affine(x, factors.angle, shift, factors.scale, [0.0], interpolation=T.InterpolationMode.BILINEAR, fill=0)
-    x = T.center_crop(T.gaussian_blur(x, [5, 5], [factors.sigma, factors.sigma]), [height, width])
+    if padding == "edge":
+        x = T.gaussian_blur(x, [5, 5], [factors.sigma, factors.sigma])
+    x = T.center_crop(x, [height, width])
     return T.hflip(x) if factors.flip else x
 
 
@@ -58,6 +60,8 @@ SINGLE = [
 def test_each_operation_is_the_published_one(images, given):
     factors = ViewFactors(**given)
     torch.testing.assert_close(paper_view(images, factors), published(images, factors), atol=2e-5, rtol=1e-4)
+    sharp = published(images, factors, padding="reflect")
+    torch.testing.assert_close(sharp_view(images, factors), sharp, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 24), (16, 20)])
@@ -67,6 +71,8 @@ def test_whole_view_is_the_published_one(shape):
         images = torch.rand(2, 3, *shape, generator=generator) * 1.2 - 0.1  # clipped first
         factors = draw_factors(generator)
         torch.testing.assert_close(paper_view(images, factors), published(images, factors), atol=5e-5, rtol=1e-3)
+        sharp = published(images, factors, padding="reflect")
+        torch.testing.assert_close(sharp_view(images, factors), sharp, atol=5e-5, rtol=1e-3)
 
 
 def test_hue_of_grey_black_and_white_stays(images):
@@ -122,6 +128,13 @@ def test_paper_view_ends_with_noise_and_clipping():
     assert view.std(dim=(2, 3)).mean() == pytest.approx(0.005, rel=0.05)
     white = augment.augmentation("paper", generator)(torch.ones(1, 3, 32, 32) * 2)
     assert white.max() <= 1
+
+
+def test_sharp_views_are_drawn_from_the_generator_and_have_no_noise(images):
+    view = augment.augmentation("paper", torch.Generator().manual_seed(5), sharp=True)
+    factors = draw_factors(torch.Generator().manual_seed(5))
+    assert torch.equal(view(images), sharp_view(images, factors).clamp(0, 1))
+    assert not torch.allclose(view(images), view(images), atol=0.05)
 
 
 def test_choices(images):

@@ -1,4 +1,4 @@
-"""``cifar10-c``: the published format, clean images to corrupt, and every kind of bad file."""
+"""``cifar10-c``, ``cifar100-c``, ``cifar10.1``: the published formats, clean images to corrupt, and every kind of bad file."""
 
 import os
 import pickle
@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.io import write_png
 
 import tta
@@ -93,10 +93,12 @@ def test_published_images_are_there_at_every_severity(published):
 
 def test_clean_images_lie_beside_the_published_ones(published, monkeypatch):
     settings = {"root": published, "corruptions": ["snow", "fog"], "samples": 30, "protocol": "forgetting"}
-    with pytest.raises(FileNotFoundError, match=r"No clean CIFAR-10 in .*download=True"):
+    with pytest.raises(FileNotFoundError, match=r"No clean CIFAR-10 in .*tta download cifar10 --root"):
         tta.stream("cifar10-c", **settings)
     images, labels = torch.randint(0, 256, (BLOCK, 3, 32, 32), dtype=torch.uint8), torch.arange(BLOCK) % 10
-    monkeypatch.setattr("tta.datasets.cifar_c._clean", lambda folder: (images, labels, f"clean CIFAR-10 in {folder}"))
+    monkeypatch.setattr(
+        "tta.datasets.cifar_c.clean_images", lambda folder, kind: (images, labels, f"clean CIFAR-10 in {folder}")
+    )
     stream = tta.stream("cifar10-c", **settings)
     assert [domain.name for domain in stream.domains] == ["snow", "clean", "fog", "clean@2"]
     assert torch.equal(stream[1].images, images[:30])
@@ -134,7 +136,9 @@ def test_a_bad_file_is_named_with_what_was_found_and_expected(published, spoil, 
 
 
 def test_absent_data_say_how_to_get_them(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"zenodo.*torchvision.*stream\.root=PATH or the environment variable"):
+    with pytest.raises(
+        FileNotFoundError, match=r"download cifar10-c.*download cifar10`.*stream\.root=PATH or the environment variable"
+    ):
         tta.stream("cifar10-c", root=tmp_path)
     monkeypatch.setenv("TTA_DATA", str(tmp_path / "elsewhere"))
     with pytest.raises(FileNotFoundError, match="elsewhere"):
@@ -222,3 +226,82 @@ def test_a_bad_image_folder_is_named(image_files, spoil, message):
 def test_settings_out_of_range_are_named(image_files, settings, message):
     with pytest.raises(ValueError, match=message):
         tta.stream("cifar10-c", root=image_files, **settings)
+
+
+# ---------------------------------------------------------------------- CIFAR-100-C
+
+
+def test_cifar100_c_is_read_like_cifar10_c(published):
+    (published / "CIFAR-10-C").rename(published / "CIFAR-100-C")
+    labels = np.load(published / "CIFAR-100-C" / "labels.npy", mmap_mode="r+")
+    labels[:] = np.arange(5 * BLOCK) % BLOCK % 100
+    stream = tta.stream("cifar100-c", root=published, severity=2, corruptions=["fog"], samples=150, batch_size=150)
+    (batch,) = stream
+    assert stream.classes.count == 100
+    assert batch.labels.tolist() == [n % 100 for n in range(150)]
+    assert batch.images[0, 2, 0, 1] == pytest.approx(42 / 255)
+    assert stream.domains[0].at(4).images(torch.tensor([0]))[0, 2, 0, 1] == 44
+    with pytest.raises(
+        ValueError, match=r"labels\.npy' holds labels from 0 to 99; expected 0 to 9: .* not .* CIFAR-10-C"
+    ):
+        tta.stream("cifar10-c", root=published / "CIFAR-100-C")
+    with pytest.raises(FileNotFoundError, match=r"`tta download cifar100-c`.*`tta download cifar100`"):
+        tta.stream("cifar100-c", root=published / "CIFAR-100-C" / "nowhere")
+
+
+def test_cifar100_is_corrupted_where_only_the_clean_images_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("tta.datasets.cifar_c.IMAGES", 40)
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    data = np.random.default_rng(0).integers(0, 256, (40, 3072), dtype=np.uint8)
+    (folder / "test").write_bytes(pickle.dumps({"data": data, "fine_labels": [n % 100 for n in range(40)]}))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(n) for n in range(100)]}))
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    (domain,) = tta.stream("cifar100-c", root=tmp_path, corruptions=["fog"]).domains
+    assert domain.classes.count == 100
+    assert domain.labels.tolist() == list(range(40))
+    assert torch.equal(domain.stored(torch.tensor([3]))[0].flatten(), torch.from_numpy(data[3]))
+
+
+# ---------------------------------------------------------------------- CIFAR-10.1
+
+
+def write_cifar10_1(folder, version, counts):
+    folder.mkdir(exist_ok=True)
+    labels = np.repeat(np.arange(10, dtype=np.int32), counts)
+    images = sparse(folder / f"cifar10.1_{version}_data.npy", (len(labels), 32, 32, 3))
+    images[5, 0, 1, 2] = 77
+    np.save(folder / f"cifar10.1_{version}_labels.npy", labels)
+
+
+@pytest.mark.parametrize(
+    ("version", "counts"), [("v6", [200] * 10), ("v4", [208, 212, 202, 212, 204, 218, 192, 210, 161, 202])]
+)
+@pytest.mark.parametrize("inside", ["", "CIFAR-10.1"])
+def test_both_versions_of_cifar10_1(tmp_path, version, counts, inside):
+    write_cifar10_1(tmp_path / inside, version, counts)
+    stream = tta.stream("cifar10.1", root=tmp_path, version=version, batch_size=100)
+    assert [domain.name for domain in stream.domains] == [f"cifar10.1-{version}"]
+    assert stream.samples == sum(counts)
+    assert stream.classes.count == 10
+    assert stream[0].images.dtype == torch.uint8
+    assert stream[0].images[5, 2, 0, 1] == 77
+    assert torch.cat([stream[n].labels for n in range(len(stream))]).bincount().tolist() == counts
+    assert tta.stream("cifar10.1", root=tmp_path, version=version, samples=30).samples == 30
+
+
+def test_a_bad_cifar10_1_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No CIFAR-10\.1/ or .*cifar10\.1_v6_data\.npy.*github"):
+        tta.stream("cifar10.1", root=tmp_path)
+    with pytest.raises(ValueError, match="version is 'v4' or 'v6'; got 'v5'"):
+        tta.stream("cifar10.1", root=tmp_path, version="v5")
+    write_cifar10_1(tmp_path, "v6", [200] * 9 + [199])
+    with pytest.raises(ValueError, match=r"v6_data\.npy' holds uint8 \(1999, 32, 32, 3\); expected uint8 \(2000, 32"):
+        tta.stream("cifar10.1", root=tmp_path)
+    write_cifar10_1(tmp_path, "v6", [201, 199] + [200] * 8)
+    with pytest.raises(ValueError, match=r"v6_labels\.npy' counts 201, 199, 200.*expected 200, 200"):
+        tta.stream("cifar10.1", root=tmp_path)
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", np.zeros(2021, np.int32))
+    with pytest.raises(ValueError, match=r"v6_labels\.npy' holds int32 \(2021,\); expected integers \(2000,\)"):
+        tta.stream("cifar10.1", root=tmp_path)

@@ -44,6 +44,19 @@ def test_table_reads_what_run_wrote(tmp_path, capsys):
         assert sign in capsys.readouterr().out
 
 
+def test_clean_images_and_metrics(tmp_path, capsys):
+    assert run("source", "norm", "clean=true", "--out", str(tmp_path)) == 0
+    (file,) = tmp_path.rglob("norm/result.json")
+    found = json.loads(file.read_text())["metrics"]
+    assert 0 <= found["source_error_before"] == found["source_error_after"] < 50
+    assert file.with_name("curves.parquet").is_file()
+    capsys.readouterr()
+    assert main(["table", str(tmp_path), "--metrics", "ece,forwards_per_image"]) == 0
+    assert re.search(r"forwards_per_image +1\.000 +1\.000", capsys.readouterr().out)
+    assert main(["table", str(tmp_path), "--metrics", "ecee"]) == 2
+    assert "No result has a metric 'ecee'" in capsys.readouterr().err
+
+
 def test_diff_names_what_differs(tmp_path, capsys):
     run("tent", "--out", str(tmp_path / "a"))
     run("tent", "lr=0.5", "--out", str(tmp_path / "b"))
@@ -85,7 +98,7 @@ def test_list_has_a_line_for_each(what, capsys):
         (["tent", "norm.alpha=1"], "'norm' is not in this run"),
         (["tent", "lr=fast"], "'fast' of type 'str' could not be converted to Float"),
         (["tent", "lr=-1"], "lr=-1.0; expected a learning rate above 0"),
-        (["severity=9"], "severity is 1, 2, 3, 4 or 5; got 9"),
+        (["severity=9"], r"severity is 0 \(none\) to 5, in steps of 0.25; got 9"),
         (["stream.sevrity=3"], "Did you mean 'severity'"),
         (["reset=sometimes"], "reset is 'never', 'domain', 'batch'"),
         (["protocol=often"], "No protocol 'often'"),
@@ -105,7 +118,7 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(words, message, tmp_path,
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(ValueError, match="severity is 1"):
+    with pytest.raises(ValueError, match="severity is 0"):
         run("severity=9", "--debug", "--out", str(tmp_path))
 
 

@@ -29,10 +29,32 @@ VARIANTS = [
     ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
     ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
     ("dpcore", {"steps_new": 1, "rho": 1.1, "capacity": 2}),
+    # learning from the model's own answers, near the source
+    ("cmf", {"optimizer": "sgd", "lr": 0.01, "steps": 2, "prior_correction": "logits", "q": 4.0}),
+    ("deyo", {"optimizer": "sgd", "lr": 0.05, "steps": 2, "augment": "pixel", "plpd_threshold": -1.0, "exclude": ()}),
+    ("rdumb", {"optimizer": "sgd", "lr": 0.05, "reset_every": 4, "steps": 2}),
+    ("rmt", {"optimizer": "sgd", "lr": 0.01, "lambda_cont": 0.0, "mt_alpha": 0.9}),
+    ("roid", {"optimizer": "sgd", "lr": 0.01, "steps": 2, "augment": "none", "use_weighting": False}),
+    ("rpl", {"optimizer": "sgd", "lr": 0.05, "steps": 2}),
+    ("santa", {"optimizer": "sgd", "lr": 0.05, "steps": 2, "projection_dim": 8}),
+    ("conjugate_pl", {"score": "after", "steps": 2}),
+    ("foa", {"num_prompts": 0}),
+    ("lame", {"affinity": "knn", "symmetric": True}),
+    ("note", {"update_frequency": 5, "memory_size": 8, "iabn": False, "lr": 1e-2}),
+    ("pl", {"statistics": "mixed", "threshold": 0.9, "score": "after"}),
+    ("pl", {"parameters": "head", "statistics": "source", "threshold": 0.9}),
+    ("shot", {"parameters": "norm", "statistics": "mixed", "score": "after"}),
+    ("t3a", {"filter_k": 2}),
 ]
-MODELS = {"dpcore": "vit"}  # the fixture of the source model, where it is not the CNN
+MODELS = {"dpcore": "vit", "foa": "vit"}  # the fixture of the source model, where it is not the CNN
 # What of a method's defaults is too slow to be run a hundred times.
-QUICK = {"cotta": {"views": 3}, "dpcore": {"steps_new": 2}}
+QUICK = {
+    "cotta": {"views": 3},
+    "dpcore": {"steps_new": 2},
+    "foa": {"population": 4},
+    "memo": {"views": 2, "augment": "none", "lr": 1e-5},  # a large step magnifies what bfloat16 rounds
+}
+EPISODIC = {"memo"}  # back at the source weights after every image
 CASES = [*((name, QUICK.get(name, {})) for name in tta.list_methods()), *VARIANTS]
 
 
@@ -174,14 +196,14 @@ def test_callers_model_is_untouched(make, model, batches):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_only_declared_parameters_change(make, batches):
+def test_only_declared_parameters_change(case, make, batches):
     adapter = make()
     declared = {id(parameter) for parameter in adapter.parameters_to_adapt()}
     before = {name: parameter.clone() for name, parameter in adapter.model.named_parameters()}
     run(adapter, batches)
     changed = {n for n, p in adapter.model.named_parameters() if not torch.equal(p, before[n])}
     allowed = {n for n, p in adapter.model.named_parameters() if id(p) in declared}
-    assert changed == allowed
+    assert changed == (set() if case[0] in EPISODIC else allowed)
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
 
 

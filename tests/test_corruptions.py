@@ -162,6 +162,88 @@ def test_same_result_on_a_gpu(name: str, recipe: str) -> None:
     assert (damaged.cpu().int() - corrupt(images, name, recipe=recipe).int()).abs().max() <= 1
 
 
+# --- between whole severities -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ALL)
+def test_severity_0_leaves_images_alone(name: str, recipe: str) -> None:
+    images = pictures(2)
+    for severity in (0, 0.0):
+        undamaged = corrupt(images, name, severity, recipe=recipe)
+        assert torch.equal(undamaged, images)
+        assert undamaged.data_ptr() != images.data_ptr()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_whole_severities_are_what_they_were(name: str) -> None:
+    """Their constants are pinned in test_published_corruptions.py; here that the type of the number does not matter."""
+    images = pictures(2)
+    for severity in (1, 5):
+        expected = corrupt(images, name, severity)
+        assert torch.equal(corrupt(images, name, float(severity)), expected)
+        assert torch.equal(corrupt(images, name, np.int64(severity)), expected)  # type: ignore[arg-type]
+    keys = draws.keys(torch.arange(2), seed=7, purpose="gaussian_noise 3 noise")
+    drawn = draw("gaussian_noise", torch.arange(2), severity=3, seed=7, size=(32, 32))["noise"]
+    assert torch.equal(drawn, draws.normal(keys, (3, 32, 32)))
+
+
+# The table at severities 0 to 5 of the released generator of Press et al., NeurIPS 2023, which interpolates it linearly.
+RELEASED = {
+    "gaussian_noise": [0, 0.08, 0.12, 0.18, 0.26, 0.38],
+    "impulse_noise": [0, 0.03, 0.06, 0.09, 0.17, 0.27],
+    "defocus_blur": [(0, 0), (3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)],
+    "motion_blur": [(0, 0), (10, 3), (15, 5), (15, 8), (15, 12), (20, 15)],
+    "zoom_blur": [(1, 1, 0.01), (1, 1.11, 0.01), (1, 1.16, 0.01), (1, 1.21, 0.02), (1, 1.26, 0.02), (1, 1.31, 0.03)],
+    "frost": [(1, 0), (1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)],
+    "fog": [(0, 2), (1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)],
+    "brightness": [0, 0.1, 0.2, 0.3, 0.4, 0.5],
+    "contrast": [1, 0.4, 0.3, 0.2, 0.1, 0.05],
+    "pixelate": [1, 0.6, 0.5, 0.4, 0.3, 0.25],
+}
+QUARTERS = [quarter / 4 for quarter in range(1, 20) if quarter % 4]
+
+
+@pytest.mark.parametrize("severity", QUARTERS)
+def test_between_whole_severities_the_constants_are_the_released_generators(severity: float) -> None:
+    def interpolated(values: list) -> np.ndarray:
+        columns = np.array(values, dtype=float).reshape(6, -1).T
+        return np.array([np.interp(severity, range(6), column) for column in columns])
+
+    for name, values in RELEASED.items():
+        np.testing.assert_allclose(
+            np.atleast_1d(corruptions.constants(name, severity, "imagenet")), interpolated(values), rtol=1e-12
+        )
+    photons = 1 / interpolated([0, 1 / 60, 1 / 25, 1 / 12, 1 / 5, 1 / 3])[0]
+    assert corruptions.constants("shot_noise", severity, "imagenet") == pytest.approx(photons, rel=1e-12)
+    sigma, reach, passes = interpolated([(0, 0, 0), (0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)])
+    glass = corruptions.constants("glass_blur", severity, "imagenet")
+    assert glass == (pytest.approx(sigma), round(max(1, reach)), round(passes))
+    quality = round(interpolated([85, 25, 18, 15, 10, 7])[0])
+    assert corruptions.constants("jpeg_compression", severity, "imagenet") == quality
+    amplitude, _, jitter = interpolated([(0, 0, 0), (488, 0, 24.4), (488, 0, 48.8), (12.2, 0, 4.88), (17.08, 0, 4.88), (29.28, 0, 4.88)])  # fmt: skip
+    elastic = corruptions.constants("elastic_transform", severity, "imagenet")
+    assert (elastic[0], elastic[2]) == (pytest.approx(amplitude), pytest.approx(jitter))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "spatter"])
+def test_severities_in_between_damage_images_alike_in_every_batch(name: str, recipe: str) -> None:
+    images, index = pictures(4, detail=10), torch.tensor([3, 1, 4, 1_000_000])
+    for severity in (0.25, 2.5, 4.75):
+        whole = corrupt(images, name, severity, recipe=recipe, index=index)
+        parts = [corrupt(images[one], name, severity, recipe=recipe, index=index[one]) for one in ([2], [0, 3], [1])]
+        assert torch.equal(torch.cat(parts), whole[[2, 0, 3, 1]])
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "fog", "brightness", "contrast"])
+def test_a_quarter_more_moves_images_further(name: str) -> None:
+    images = pictures(64, detail=10)
+    distances = [(corrupt(images, name, q / 4).float() - images).abs().mean().item() for q in range(21)]
+    assert distances == sorted(distances)
+    assert distances[0] == 0 < distances[1]
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,9 +251,11 @@ def test_errors_say_what_to_do() -> None:
     images = pictures(2)
     with pytest.raises(ValueError, match=r"No corruption 'fogg'\. Did you mean 'fog'\?.*gaussian_noise"):
         corrupt(images, "fogg")
-    for severity in (0, 6, 2.5, "5"):
-        with pytest.raises(ValueError, match=r"severity is 1, 2, 3, 4 or 5; got"):
+    for severity in (-1, 6, 2.3, 5.25, float("nan"), "5", None):
+        with pytest.raises(ValueError, match=r"severity is 0 .none. to 5, in steps of 0\.25; got"):
             corrupt(images, "fog", severity=severity)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"spatter has whole severities only; got 3\.5"):
+        corrupt(images, "spatter", severity=3.5)
     with pytest.raises(ValueError, match=r"No recipe 'svhn'.*There are: .*cifar"):
         corrupt(images, "fog", recipe="svhn")
     with pytest.raises(ValueError, match=r"uint8.*got torch\.float32 of shape \(2, 3, 32, 32\).*round"):

@@ -100,6 +100,37 @@ def test_logger_gets_the_errors(cnn, stream, tmp_path):
     logged = dict(zip(header, row, strict=True))
     assert float(logged["mean_error"]) == pytest.approx(result.mean_error)
     assert float(logged["error/b"]) == pytest.approx(result.errors["b"])
+    assert float(logged["ece"]) == pytest.approx(result.metrics["ece"])
+    assert float(logged["forwards"]) == 128
+
+
+def test_clean_images_are_predicted_before_and_after(cnn, stream, golden_images, golden_labels):
+    clean = tta.stream({"clean": TensorDataset(golden_images[:48], golden_labels[:48])}, batch_size=16)
+    adapter, alone = (tta.adapt(cnn, "cotta", views=2, lr=0.05, mt_alpha=0.5) for _ in range(2))
+    result = tta.evaluate(adapter, stream, progress=False, clean=clean)
+    plain = tta.evaluate(alone, stream, progress=False)
+    assert (result.predictions.prediction == plain.predictions.prediction).all()
+    assert (result.predictions.nll == plain.predictions.nll).all()
+    assert result.metrics["forwards"] == plain.metrics["forwards"]
+
+    def error(adapter):
+        with adapter.paused():
+            prediction = torch.cat([adapter(x).argmax(1) for x in golden_images[:48].split(16)])
+        return 100 * float((prediction != golden_labels[:48]).float().mean())
+
+    assert result.metrics["source_error_before"] == pytest.approx(error(tta.adapt(cnn, "cotta")))
+    assert result.metrics["source_error_after"] == pytest.approx(error(alone))
+    assert result.metrics["source_error_after"] != result.metrics["source_error_before"]
+    assert result.manifest["clean"]["samples"] == 48
+    assert "source_error_before" not in plain.metrics
+
+
+def test_a_stream_knows_its_clean_images(stream):
+    clean = tta.stream("digits-c", corruptions=["fog"], samples=20, batch_size=8, protocol="gradual").clean()
+    assert [domain.name for domain in clean.domains] == ["clean"]
+    assert (len(clean), clean.samples) == (3, 20)
+    with pytest.raises(ValueError, match="Domain 'a' of stream 'custom' has no clean images"):
+        stream.clean()
 
 
 def test_unknown_classes_are_left_out_of_the_errors(cnn, golden_images, golden_labels):
@@ -148,7 +179,7 @@ def test_manifest_says_what_would_reproduce_the_result(cnn, stream):
 def test_progress_shows_domain_error_and_speed_and_is_refreshed_seldom(cnn, stream, monkeypatch):
     updates = []
     monkeypatch.setattr("rich.progress.Progress.update", lambda self, task, **fields: updates.append(fields))
-    clock = iter(n * 0.1 for n in range(10_000))
+    clock = iter(n * 0.05 for n in range(10_000))  # read twice a batch
     monkeypatch.setattr("tta.engine.time.perf_counter", lambda: next(clock))
     tta.evaluate(tta.adapt(cnn, "source"), stream)
     assert OnlineProgress.REFRESH_SECONDS == 0.25

@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -20,7 +20,10 @@ from tta.engine import OnlineModule, measure_cost
 # Those that neither leave out nor repeat a sample of the domains they are given.
 PLAIN = ("continual", "per-domain", "episodic", "csc", "batch-1", "budget", "mixed", "correlated", "cdc")
 CROSSING = ("mixed", "ptta")
-NEEDS_SEVERITIES = ("gradual",)
+NEEDS_CORRUPTIONS = ("gradual", "ccc")
+# accuracies of a model that loses 4 points with each quarter of severity
+LOSING = (96.0 - 4 * np.add.outer(np.arange(21), np.arange(21))).clip(min=10)
+CCC = {"matrix": dict.fromkeys(permutations(CORRUPTIONS, 2), LOSING), "total": 60, "speed": 7}
 
 
 class Unreadable(Dataset):
@@ -50,9 +53,10 @@ def batches(stream):
 
 
 def corrupted(**settings):
-    """A small digits-c stream; corrupting an image fails unless a test undoes it."""
+    """A small digits-c stream."""
+    extra = CCC if settings.get("protocol") == "ccc" else {}
     return tta.stream(
-        "digits-c", **{"samples": 12, "batch_size": 5, "corruptions": ["fog", "snow", "frost"], **settings}
+        "digits-c", **{"samples": 12, "batch_size": 5, "corruptions": ["fog", "snow", "frost"], **extra, **settings}
     )
 
 
@@ -61,7 +65,8 @@ def no_image(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("an image was made")
 
-    monkeypatch.setattr("tta.datasets.domains.corrupt", fail)
+    for module in ("domains", "ccc"):
+        monkeypatch.setattr(f"tta.datasets.{module}.corrupt", fail)
 
 
 labels = st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=30), min_size=1, max_size=4)
@@ -72,7 +77,19 @@ quick = settings(max_examples=25, deadline=None)
 
 
 def test_resets():
-    never = ["continual", "gradual", "mixed", "correlated", "ptta", "cdc", "csc", "recurring", "forgetting", "budget"]
+    never = [
+        "continual",
+        "gradual",
+        "mixed",
+        "correlated",
+        "ptta",
+        "cdc",
+        "csc",
+        "recurring",
+        "forgetting",
+        "budget",
+        "ccc",
+    ]
     domain = ["per-domain", "label-shift", "batch-1", "outliers"]
     expected = dict.fromkeys(never, "never") | dict.fromkeys(domain, "domain") | {"episodic": "batch"}
     assert {name: protocol.reset for name, protocol in PROTOCOLS.items()} == expected
@@ -91,7 +108,7 @@ def test_every_sample_once(labels, seed, batch_size, protocol):
     labels=labels, seed=st.integers(0, 2**31), batch_size=st.integers(1, 9), protocol=st.sampled_from(list(PROTOCOLS))
 )
 def test_batches_are_full_where_nothing_ends(labels, seed, batch_size, protocol):
-    if protocol in NEEDS_SEVERITIES:
+    if protocol in NEEDS_CORRUPTIONS:
         return
     extra = {"outliers": {"outliers": Unreadable(range(99))}, "forgetting": {"clean": "d0"}}.get(protocol, {})
     stream = make([*labels, [0, 1]], protocol=protocol, seed=seed, batch_size=batch_size, **extra)
@@ -109,6 +126,7 @@ def test_batches_are_full_where_nothing_ends(labels, seed, batch_size, protocol)
 
 DRAWN = [
     *[(name, {}) for name in ("mixed", "ptta", "cdc", "label-shift", "outliers")],
+    ("ccc", CCC),
     ("continual", {"shuffle": True}),
     ("correlated", {"delta": 0.5, "min_size": 0}),
     ("cdc", {"draw": "multinomial"}),
@@ -121,7 +139,8 @@ def test_the_seed_decides_and_nothing_else(protocol, extra):
     def order(seed):
         np.random.rand(1)  # the global generators play no part
         torch.rand(1)
-        return arrivals(tta.stream("digits-c", samples=60, batch_size=4, protocol=protocol, seed=seed, **extra))
+        stream = tta.stream("digits-c", samples=60, batch_size=4, protocol=protocol, seed=seed, **extra)
+        return [(d, stream.domains[d].index[i].item()) for d, i in arrivals(stream)]
 
     assert order(3) == order(3)
     assert order(3) != order(4)
@@ -571,6 +590,19 @@ def test_impossible_cost_is_named(cnn, cost):
         ({"protocol": "forgetting", "clean": "day"}, "clean is one of fog, snow, frost, or nothing; got 'day'"),
         ({"protocol": "budget", "cost": 0.5}, "cost is a number, 1 or more, or 'measured'; got 0.5"),
         ({"protocol": "ptta", "batch_size": 0}, "batch_size is 1 or more; got 0"),
+        ({"protocol": "gradual", "severity": 2.5}, "severity of protocol 'gradual' is a whole number; got 2.5"),
+        ({"protocol": "ccc", "matrix": None}, "as matrix=PATH, or a source model to calibrate on as model=MODEL"),
+        ({"protocol": "ccc", "matrix": 5}, "matrix is a file, a mapping, or what calibrate.. gives; got 5"),
+        ({"protocol": "ccc", "matrix": {("fog", "snow"): LOSING}}, "no pair frost.snow; it has: fog.snow"),
+        ({"protocol": "ccc", "target": 101}, "target is an accuracy in percent; got 101"),
+        ({"protocol": "ccc", "speed": 0}, "speed is 1 or more; got 0"),
+        ({"protocol": "ccc", "total": 0}, "total is 1 or more; got 0"),
+        ({"protocol": "ccc", "target": 0}, "target=0 needs two or more of gaussian_noise, .*; the stream has: none"),
+        ({"protocol": "ccc", "recipe": "svhn"}, "No recipe 'svhn'"),
+        ({"protocol": "ccc", "matrix": None, "model": "digits-cnn"}, "model gives logits for images; got 'digits-cnn'"),
+        ({"protocol": "ccc", "matrix": None, "model": len, "grid": 0.75}, "grid is 0.25, 0.5, 1, .* got 0.75"),
+        ({"protocol": "ccc", "matrix": None, "model": len, "cache": "x"}, "cache keeps the accuracies of an nn.Module"),
+        ({"protocol": "ccc", "matrix": None, "model": len, "per_cell": 0}, "per_cell is 1 or more; got 0"),
     ],
 )
 def test_mistakes_are_named(given, message):
@@ -583,12 +615,13 @@ def test_mistakes_are_named(given, message):
     [
         ("gradual", "needs domains with severities; 'd0' has none"),
         ("forgetting", "clean=NAME"),
+        ("ccc", "one domain of clean images; got 2, d0 and others"),
         ("continual", "none of them"),
     ],
 )
 def test_what_ones_own_datasets_lack_is_named(protocol, message):
     with pytest.raises(ValueError, match=message):
-        make([[0, 1]], protocol=protocol, **({"order": 1} if protocol == "continual" else {}))
+        make([[0, 1], [1]], protocol=protocol, **({"order": 1} if protocol == "continual" else {}))
 
 
 def test_no_order_is_found_for_ever():

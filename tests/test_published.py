@@ -78,7 +78,7 @@ def test_diff_works_against_a_published_row(tmp_path, capsys):
     assert "reset" in capsys.readouterr().out
     make().save(tmp_path / "same")
     assert main(["diff", str(tmp_path / "same"), "published:tent-cifar10-c"]) == 0
-    assert "agrees with what was published" in capsys.readouterr().out
+    assert "agree in every field" in capsys.readouterr().out
     assert main(["diff", str(tmp_path / "same"), "published:tent"]) == 2
     assert "No published table 'tent'" in capsys.readouterr().err
     assert main(["list", "published"]) == 0

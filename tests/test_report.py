@@ -123,3 +123,20 @@ def test_nothing_to_compare_and_unknown_formats_are_refused():
         tta.compare([])
     with pytest.raises(ValueError, match=r"No table format 'pdf'. There are: terminal, markdown, latex, csv, html"):
         tta.compare([SOURCE]).format("pdf")
+
+
+def test_metrics_stand_beside_the_errors():
+    runs = [make("source", [[1, 0]] * 2, metrics={"ece": 12.3456, "nll": None}), make("tent", [[0, 0]] * 2)]
+    table = tta.compare(runs, metrics=["ece"])
+    assert [line.split()[1:] for line in table.to_text().splitlines() if line.startswith("ece")] == [["12.3", "-"]]
+    assert table.to_markdown().splitlines()[0].endswith("| ece |")
+    assert [row["ece"] for row in csv.DictReader(io.StringIO(table.to_csv()))] == ["12.3456", ""]
+    assert "& 12.3 \\\\" in table.to_latex()
+    with pytest.raises(ValueError, match=r"No result has a metric 'nll'\. There are: ece"):
+        tta.compare(runs, metrics=["nll"])
+
+
+def test_metrics_inside_others_are_named_with_dots():
+    run = make("source", [[1, 0]] * 2, metrics={"collapse": {"last": {"entropy": 0.5}}, "forwards": 120000})
+    table = tta.compare([run], metrics=["collapse.last.entropy", "forwards"])
+    assert "| 0.500 | 120000 |" in table.to_markdown()

@@ -105,7 +105,7 @@ def test_manifest_hash_sees_one_changed_pixel():
         (lambda: tta.stream("digit-c"), "No stream 'digit-c'. Did you mean 'digits-c'"),
         (lambda: tta.stream("digits-c", protocol="continuous"), "No protocol 'continuous'. Did you mean 'continual'"),
         (lambda: tta.stream("digits-c", severty=3), "'severty'. Did you mean 'severity'"),
-        (lambda: tta.stream("digits-c", severity=6), "severity is 1, 2, 3, 4 or 5; got 6"),
+        (lambda: tta.stream("digits-c", severity=6), r"severity is 0 \(none\) to 5, in steps of 0.25; got 6"),
         (lambda: tta.stream("digits-c", corruptions=["fogg"]), "No corruption 'fogg'"),
         (lambda: tta.stream("digits-c", samples=0), "samples is between 1 and 800; got 0"),
         (lambda: tta.stream("digits-c", batch_size=0), "batch_size is 1 or more; got 0"),

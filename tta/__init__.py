@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tta.models import load_model
     from tta.report import compare
     from tta.results import Result
+    from tta.sanity import preflight
     from tta.source import SourceStatistics
 
 _HOME = {
@@ -33,6 +34,7 @@ _HOME = {
     "evaluate": ("tta.engine", "evaluate"),
     "list_methods": ("tta.methods", "available"),
     "load_model": ("tta.models", "load_model"),
+    "preflight": ("tta.sanity", "preflight"),
     "stream": ("tta.datasets.catalog", "stream"),
     "tune": ("tta.benchmark", "tune"),
 }
@@ -51,6 +53,7 @@ __all__ = [
     "evaluate",
     "list_methods",
     "load_model",
+    "preflight",
     "stream",
     "tune",
 ]

@@ -201,6 +201,28 @@ class Adapter(nn.Module):
             if name.startswith("model.") and value is not None
         }
 
+    def adapted_and_source(self) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The parameters of the model that adapt, and their source values; the latter to be read only."""
+        source = self.source_tensors()
+        adapted = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return list(adapted.values()), [source[name] for name in adapted]
+
+    @torch.no_grad()
+    def restore(self, when: Tensor, *, moments: bool = True) -> None:
+        """Give the adapted weights their source values back, as one of the steps of a method. The rest stays.
+
+        Args:
+            when: a boolean scalar; where it is false nothing happens. On a GPU nothing waits for it.
+            moments: empty the optimizer's moments too.
+        """
+        for parameter, source in zip(*self.adapted_and_source(), strict=True):
+            parameter.copy_(torch.where(when, source, parameter))
+        assert self.optimizer is not None
+        for slots in self.optimizer.state.values() if moments else ():
+            for value in slots.values():
+                if isinstance(value, Tensor):  # zeros are what a new optimizer starts from
+                    value.masked_fill_(when.to(value.device), 0)
+
     # ------------------------------------------------------------------ for a user
 
     def forward(self, x: Tensor) -> Tensor:

@@ -69,6 +69,20 @@ def paper_view(images: Tensor, factors: ViewFactors) -> Tensor:
     Raises:
         ValueError: the images are not RGB.
     """
+    x = _blurred(_warped(_jittered(images, factors), factors, margin=BLUR), factors.sigma)
+    return x.flip(3) if factors.flip else x
+
+
+def sharp_view(images: Tensor, factors: ViewFactors) -> Tensor:
+    """A view of a batch as ROID makes it: colours, affine map, flip, without blur; what lies outside is mirrored.
+
+    Args and errors are those of :func:`paper_view`.
+    """
+    x = _warped(_jittered(images, factors), factors, mirror=True)
+    return x.flip(3) if factors.flip else x
+
+
+def _jittered(images: Tensor, factors: ViewFactors) -> Tensor:
     if images.shape[1] != 3:
         raise ValueError(
             f"The paper's augmentation changes colours and needs 3 channels; the images have {images.shape[1]}. "
@@ -84,8 +98,7 @@ def paper_view(images: Tensor, factors: ViewFactors) -> Tensor:
     )
     for operation in factors.order:
         x = jitter[operation](x)
-    x = _blurred(_warped(x, factors), factors.sigma)
-    return x.flip(3) if factors.flip else x
+    return x
 
 
 def shift_hue(images: Tensor, share: float) -> Tensor:
@@ -113,19 +126,22 @@ def _grey(images: Tensor) -> Tensor:
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
-def _warped(images: Tensor, factors: ViewFactors) -> Tensor:
-    """Rotate, shift and scale about the centre; a margin for the blur is added on each side."""
+def _warped(images: Tensor, factors: ViewFactors, *, margin: int = 0, mirror: bool = False) -> Tensor:
+    """Rotate, shift and scale about the centre, with a margin on each side; beyond the edge it goes on, or is mirrored."""
     batch, channels, height, width = images.shape
     angle = math.radians(factors.angle)
     cos, sin = math.cos(angle) / factors.scale, math.sin(angle) / factors.scale
     # whole pixels, as published; of the padded image, which is twice as large, a sixteenth
     right, down = round(factors.shift[0] * width), round(factors.shift[1] * height)
-    x = torch.arange(width + 2 * BLUR, device=images.device) - (BLUR + (width - 1) / 2 + right)
-    y = torch.arange(height + 2 * BLUR, device=images.device) - (BLUR + (height - 1) / 2 + down)
+    x = torch.arange(width + 2 * margin, device=images.device) - (margin + (width - 1) / 2 + right)
+    y = torch.arange(height + 2 * margin, device=images.device) - (margin + (height - 1) / 2 + down)
     y = y[:, None]
-    grid = torch.stack(((cos * x + sin * y) * (2 / width), (cos * y - sin * x) * (2 / height)), dim=-1)
     # One map for all images: they are channels of one image, and the sampler computes its weights once.
     together = images.reshape(1, batch * channels, height, width)
+    if mirror:  # the sampler's own mirror lies half a pixel further out
+        together = F.pad(together, (width // 2, width // 2, height // 2, height // 2), mode="reflect")
+    unit_y, unit_x = (2 / size for size in together.shape[2:])
+    grid = torch.stack(((cos * x + sin * y) * unit_x, (cos * y - sin * x) * unit_y), dim=-1)
     warped = F.grid_sample(
         together, grid[None].to(images.dtype), mode="bilinear", padding_mode="border", align_corners=False
     )
@@ -145,18 +161,21 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
     return images
 
 
-def augmentation(choice: Any, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def augmentation(choice: Any, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:
     """A function that makes one random view of a batch.
 
     Args:
         choice: ``"paper"``, ``"none"`` (the batch itself), or a callable on a batch.
         generator: on the CPU; all that ``"paper"`` draws comes from it. The noise is drawn where the images are, by a
             generator seeded from this one, so that a GPU is neither waited for nor sent an image of noise.
+        sharp: the paper is ROID's, whose views are neither blurred nor noisy, not CoTTA's.
     """
     if choice == "none":
         return lambda images: images
     if choice != "paper":
         return choice
+    if sharp:
+        return lambda images: sharp_view(images, draw_factors(generator)).clamp_(0, 1)
 
     def view(images: Tensor) -> Tensor:
         view = paper_view(images, draw_factors(generator))

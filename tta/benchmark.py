@@ -49,6 +49,7 @@ class Benchmark:
         batch_size: samples a batch; left out, the stream's own.
         reset: as in :func:`tta.evaluate`; left out, the protocol's.
         precision: as in :func:`tta.evaluate`.
+        clean: measure the error on the source domain too, before and after each run.
         accelerator: as in :func:`tta.evaluate`.
         num_workers: processes that read ahead, for each cell.
     """
@@ -71,6 +72,7 @@ class Benchmark:
     batch_size: int | None = None
     reset: str | None = None
     precision: str = "32-true"
+    clean: bool = False
     accelerator: str = "auto"
     num_workers: int = 0
 
@@ -262,6 +264,7 @@ def _candidate(
         batch_size=benchmark.batch_size,
         reset=benchmark.reset,
         precision=benchmark.precision,
+        clean=benchmark.clean,
         oracle_steps=benchmark.oracle_steps if by_steps else 0,
         consistency=has_rivals and way != EPISODIC and "consistency" in benchmark.select,
         accelerator=benchmark.accelerator,

@@ -39,6 +39,7 @@ class Cell:
         batch_size: samples a batch.
         reset: as in :func:`tta.evaluate`.
         precision: as in :func:`tta.evaluate`.
+        clean: whether the error on the source domain is measured too.
         oracle_steps: as in :func:`tta.evaluate`.
         consistency: whether the run measures how consistent predictions are, see :class:`tta.engine.Consistency`.
         accelerator: where it runs, which makes no other cell of it.
@@ -58,6 +59,7 @@ class Cell:
     batch_size: int | None = None
     reset: str | None = None
     precision: str = "32-true"
+    clean: bool = False
     oracle_steps: int = 0
     consistency: bool = False
     accelerator: str = "auto"
@@ -109,13 +111,27 @@ Outcome = Result | Failure
 
 def run_cell(cell: Cell) -> Outcome:
     """Run one cell; an error is an outcome too."""
+    from tta.engine import Consistency
+
     try:
         runs.keep_freed_memory()
         request = cell.request
-        ((_, adapter),) = runs.make_adapters(request)
         told = {name: value for name, value in cell.describe().items() if name in OF_STREAM}
         stream = _stream(json.dumps(told, sort_keys=True))
-        return runs.evaluate(adapter, stream, request.run, progress=False)
+        ((_, adapter),) = runs.make_adapters(runs.load_models(request, stream), request)
+        consistency = Consistency()
+        result = runs.evaluate(
+            adapter,
+            stream,
+            request.run,
+            clean=stream.clean() if cell.clean else None,
+            oracle_steps=cell.oracle_steps,
+            callbacks=[consistency] if cell.consistency else [],
+            progress=False,
+        )
+        if not cell.consistency:
+            return result
+        return dataclasses.replace(result, metrics={**result.metrics, "consistency": consistency.percent})
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         return Failure(reason.splitlines()[0], traceback.format_exc())

@@ -1,23 +1,35 @@
-"""The ``tta`` command: run, bench, tune, source, table, diff, plot, list. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, bench, tune, source, corrupt, table, diff, plot, list, download. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+    track,
+)
 from rich.table import Table
 from rich.text import Text
 
 from tta import config, runs
 
 STREAM = "digits-c"
+CLEAN_IMAGES = 256  # that a source model predicts before the run
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
@@ -28,9 +40,10 @@ settings:   lr=1e-3            every method named that has the key
             tent.lr=1e-3       one method
             stream.severity=3  the stream, and its protocol's parameters (protocol=correlated delta=0.1)
             model=digits-vit   the rest: model, checkpoint, source, preset, protocol, reset, seed, batch_size,
-                               precision, accelerator, num_workers
+                               precision, accelerator, num_workers, clean (true: predict clean images before and after)
 source:     source=FILE        what methods such as eata may know of the source domain, saved by `tta source`, or a folder
                                of images; left out, the stream's own source images where it has them
+ccc:        protocol=ccc matrix=FILE, or without one calibrated on the run's model: target=20 speed=1000 total=7500000
 example:    tta run digits-c source tent severity=3 tent.lr=5e-3 seed=1 --out runs/mine
 """
 
@@ -38,9 +51,20 @@ SOURCE_HELP = """\
 Record what methods must know of the source domain, so that they run without source images: one pass, one file.
 
 DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
+METHOD:     any, and the stream they will run on, where the model answers with some of its classes there (imagenet-r)
 settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
 example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
             tta run digits-c eata actmad source=source.safetensors
+"""
+
+CORRUPT_HELP = """\
+Write a corrupted copy of images, laid out and saved as the published sets are. Stopped, it goes on where it was.
+
+SRC:        a folder CLASS/IMAGE; clean CIFAR as torchvision downloads it; or an .npy file, uint8 (n, height, width, 3)
+DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json tells how it was made
+settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a folder's images resize=256 crop=224
+            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless)
+example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
 """
 
 BENCH_HELP = """\
@@ -152,9 +176,29 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="where to write the statistics")
     source.set_defaults(action=_source)
 
+    corrupt = commands.add_parser(
+        "corrupt",
+        parents=[common],
+        help="write a corrupted copy of a folder of images or of CIFAR",
+        description=CORRUPT_HELP,
+        formatter_class=raw,
+    )
+    corrupt.add_argument("source", type=Path, metavar="SRC")
+    corrupt.add_argument("target", type=Path, metavar="DST")
+    corrupt.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    corrupt.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one alone)")
+    corrupt.set_defaults(action=_corrupt)
+
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv, html")
+    table.add_argument(
+        "--metrics",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,...",
+        help="such as ece,nll,forwards",
+    )
     table.set_defaults(action=_table)
 
     diff = commands.add_parser("diff", parents=[common], help="name the fields in which two results differ")
@@ -175,6 +219,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     plot.set_defaults(action=_plot)
 
+    download = commands.add_parser("download", parents=[common], help="get published data sets; alone: list them")
+    download.add_argument("name", nargs="?", metavar="NAME")
+    download.add_argument("parts", nargs="*", metavar="PART", help="of a data set that is published in several")
+    download.add_argument(
+        "--root", type=Path, metavar="DIR", help="where to (default: TTA_DATA, else ./data or a cache)"
+    )
+    download.add_argument("--trust", action="store_true", help="take a file that nobody published a checksum of")
+    download.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
+    download.set_defaults(action=_download)
+
     listing = commands.add_parser("list", parents=[common], help="what there is")
     listing.add_argument("what", choices=list(LISTINGS))
     listing.set_defaults(action=_list)
@@ -190,7 +244,9 @@ def _run(arguments: argparse.Namespace) -> int:
     with _usage():
         request = parse_request(arguments.words)
         stream = runs.make_stream(request)
-        adapters = runs.make_adapters(request)
+        clean = stream.clean() if request.run.clean else None
+        models = runs.load_models(request, stream)
+        adapters = runs.make_adapters(models, request)
 
     runs.keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -198,12 +254,15 @@ def _run(arguments: argparse.Namespace) -> int:
     console.print(
         "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
     )
+    in_use = {adapter.model.spec for _, adapter in adapters}
+    used = [model for model in models.values() if model.spec in in_use]
+    _preflight(stream, used, console, run_on_gpu=request.run.accelerator != "cpu")
     results = []
     for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
         preset = f" (preset {adapter.preset})" if adapter.preset else ""
         console.print(f"{name} on {adapter.model.spec}{preset}: {settings}", highlight=False, markup=False)
-        result = runs.evaluate(adapter, stream, request.run, progress=console.is_terminal)
+        result = runs.evaluate(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
         folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
         result.save(folder)
         results.append(result)
@@ -281,6 +340,24 @@ def parse_request(words: Sequence[str]) -> runs.Request:
     if run.get("reset") is not None:
         run["reset"] = str(run["reset"])
     return runs.Request(stream, chosen, config.build(runs.RunConfig, run), stream_settings, hparams)
+
+
+def _preflight(stream: Any, models: list[Any], console: Console, run_on_gpu: bool) -> None:
+    """Say what the source models do on clean images where the stream has some; in colour where that is far off."""
+    import torch
+
+    import tta
+
+    clean = stream.clean_images(CLEAN_IMAGES)
+    for model in models if clean else []:
+        if run_on_gpu and torch.cuda.is_available():
+            model.cuda()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is printed instead
+            found = tta.preflight(model, *clean)
+        console.print(
+            f"{model.spec}: {found}", style="yellow" if found.problem else None, highlight=False, markup=False
+        )
 
 
 def _free(folder: Path) -> Path:
@@ -377,7 +454,7 @@ def _source(arguments: argparse.Namespace) -> int:
         request = parse_request([*of_stream, *arguments.words])
         if request.stream_settings:
             raise UsageError(f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none.")
-        model = tta.load_model(arguments.model, checkpoint=request.run.checkpoint)
+        model = runs.load_model(arguments.model, request, catalog.classes_of(request.stream))
         needs: list[Any] = []
         for name in request.methods:
             needs += [need for need in runs.source_needs(model, name, request) if need not in needs]
@@ -402,6 +479,32 @@ def _source(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------- corrupt
+
+
+def _corrupt(arguments: argparse.Namespace) -> int:
+    from tta.datasets.write import write_corrupted
+
+    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality")
+    settings = {}
+    for word in arguments.words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise UsageError(f"'{word}' is no setting.{config.nearest(key, known)} There are: {', '.join(known)}.")
+        settings[key] = config.parse(text)
+    console = Console(stderr=True)
+
+    def progress(steps: Any, total: int) -> Any:
+        return track(steps, "corrupting", total=total, console=console, disable=not console.is_terminal)
+
+    with _usage():
+        written = write_corrupted(
+            arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
+        )
+    console.print(f"{written} images written to {arguments.target}", highlight=False)
+    return 0
+
+
 # ---------------------------------------------------------------------- table, diff, list
 
 
@@ -414,7 +517,8 @@ def _table(arguments: argparse.Namespace) -> int:
         if len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file():
             _print_table(benchmark.table(arguments.folders[0]), arguments.format)
         else:
-            _print_table(tta.compare(find_results(arguments.folders)), arguments.format)
+            comparison = tta.compare(find_results(arguments.folders), metrics=arguments.metrics)
+            _print_table(comparison, arguments.format)
     return 0
 
 
@@ -423,14 +527,14 @@ def _diff(arguments: argparse.Namespace) -> int:
     from tta.results import Result, differences
 
     one, other = map(str, arguments.results)
-    prefix, colon, name = other.partition(":")
+    prefix, _, name = other.partition(":")
     with _usage():
-        if colon and prefix == "published":
+        if prefix == "published":
             found = published.differences(Result.load(one), name)
         else:
             found = differences(Result.load(one), Result.load(other))
     if not found:
-        print("The two results agree in every field." if not colon else "The result agrees with what was published.")
+        print("The two results agree in every field.")
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("field", *map(str, arguments.results)):
@@ -454,11 +558,57 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, line in LISTINGS[arguments.what]():
-        table.add_row(Text(name), Text(line))
-    Console().print(table)
+    _print_lines(LISTINGS[arguments.what]())
     return 0
+
+
+def _print_lines(lines: Iterable[tuple[str, ...]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for line in lines:
+        table.add_row(*map(Text, line))
+    Console().print(table)
+
+
+def _download(arguments: argparse.Namespace) -> int:
+    from tta.datasets import download
+
+    if not arguments.name:
+        _print_lines((name, _extent(archive), archive.about) for name, archive in download.archives().items())
+        return 0
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, _usage():
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        found = download.download(
+            arguments.name,
+            arguments.parts,
+            root=arguments.root,
+            trust=arguments.trust,
+            keep=arguments.keep,
+            progress=progress,
+        )
+    for path, checksum in dict.fromkeys(found):
+        print(path, checksum)
+    return 0
+
+
+def _extent(archive: Any) -> str:
+    """Bytes and parts of a published data set."""
+    size = sum(file.size or 0 for file in archive.files)
+    parts = f" ({' '.join(archive.parts)})" if archive.parts else ""
+    return f"{decimal(size)}{parts}" if size else "?"
 
 
 def _methods() -> list[tuple[str, str]]:

@@ -22,12 +22,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from tta import methods
-from tta.adapter import Adapter
+from tta import curves, methods, metrics
+from tta.adapter import Adapter, Output
 from tta.config import as_dict
+from tta.cost import Passes, forget_peak_memory, peak_memory_mb
 from tta.datasets.domains import UNKNOWN, to_float
 from tta.datasets.stream import Batch, Stream
-from tta.results import Predictions, Result, Row, environment
+from tta.predictions import Predictions
+from tta.record import Record
+from tta.results import Result, Row, environment
 
 PRECISIONS = ("32-true", "bf16-mixed")
 # So much of a measured cost above a whole number is the clock's noise: a method that only predicts must not miss batches.
@@ -46,6 +49,8 @@ def evaluate(
     accelerator: str = "auto",
     precision: str = "32-true",
     num_workers: int = 0,
+    clean: Stream | None = None,
+    oracle_steps: int = 0,
 ) -> Result:
     """Online error of an adapter on a stream: every sample predicted once, when it arrives.
 
@@ -59,17 +64,28 @@ def evaluate(
             is learned from, the others arrive too early and are only predicted. ``"measured"``: found on the first
             batch, see :func:`measure_cost`. Left out: what the stream's protocol says, 1 unless it is ``budget``.
         progress: show a progress bar with the domain, the online error so far and images/s.
-        logger: any Lightning logger(s); gets ``error/<domain>`` and ``mean_error``.
+        logger: any Lightning logger(s); gets ``error/<domain>``, ``mean_error`` and the metrics that are numbers.
         callbacks: further Lightning callbacks.
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``; one stream runs on one device.
         precision: ``"32-true"``, the reference, or ``"bf16-mixed"``.
         num_workers: processes that read ahead.
+        clean: the source domain, such as ``stream.clean()``, predicted before and after the run without learning: how
+            much the adapter forgets.
+        oracle_steps: above 0, each batch is learned from so many times, predicted after each, and the best counts, as its
+            labels tell (most right, then the lowest cross-entropy); the adapter goes on from there. No deployment can:
+            it is the oracle of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023. The adapter sees no label.
 
     Returns:
-        The errors per domain, with a manifest of what would reproduce them.
+        The errors per domain, with a manifest of what would reproduce them. ``result.metrics`` holds, beside
+        :func:`tta.metrics.summary`:
+
+        * ``forwards``, ``backwards``: passes counted in images, see :class:`tta.cost.Passes`; also ``.._per_image``;
+        * ``images_per_second``, ``peak_memory_mb``: of this machine on this occasion, reading of images included;
+        * ``collapse``: see :func:`tta.curves.collapse`;
+        * ``source_error_before``, ``source_error_after``: in percent, with ``clean``.
 
     Raises:
-        ValueError: an unknown reset or cost, or a precision that is not supported.
+        ValueError: an unknown reset or cost, a precision that is not supported, or ``oracle_steps`` below 0.
     """
     if precision not in PRECISIONS:
         raise ValueError(
@@ -81,8 +97,10 @@ def evaluate(
         reset=stream.reset if reset is None else reset,
         cost=stream.cost if cost is None else cost,
         paused=stream.paused,
+        oracle_steps=oracle_steps,
     )
     device = adapter.device
+    forgetting = [] if clean is None else [SourceError(clean, num_workers)]
     with _quiet(), isolate_rng():
         pl.seed_everything(stream.seed, verbose=False)
         trainer = pl.Trainer(
@@ -90,7 +108,7 @@ def evaluate(
             devices=1,
             precision=precision,  # type: ignore[arg-type]
             logger=logger,  # type: ignore[arg-type]
-            callbacks=[*callbacks, *([OnlineProgress(stream)] if progress else [])],
+            callbacks=[*callbacks, *forgetting, *([OnlineProgress(stream)] if progress else [])],
             enable_progress_bar=progress,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -98,7 +116,11 @@ def evaluate(
         )
         if trainer.strategy.root_device.type != "cpu":
             module.finish = stream.finish
-        trainer.test(module, stream.loader(num_workers, unfinished=module.finish is not None), verbose=False)
+        module.check_logits = stream.check_logits
+        try:
+            trainer.test(module, stream.loader(num_workers, unfinished=module.finish is not None), verbose=False)
+        finally:
+            module.passes.detach()
     adapter.to(device)
     predictions = module.predictions()
     method, config = methods.name_of(type(adapter)), as_dict(adapter.config)
@@ -113,6 +135,8 @@ def evaluate(
         },
         "source_statistics": adapter.source_statistics,
         "data": stream.describe(),
+        **({} if clean is None else {"clean": clean.describe()}),
+        **({"oracle_steps": oracle_steps} if oracle_steps else {}),
         "reset": module.reset,
         "cost": module.cost,
         "paused_batches": module.paused_batches,
@@ -127,20 +151,21 @@ def evaluate(
         stream=stream.name,
         seed=stream.seed,
         reset=module.reset,
-        rows=tuple(_rows(stream, predictions)),
+        rows=tuple(_rows([domain.name for domain in stream.domains], predictions)),
         config=config,
         manifest=manifest,
         seconds=module.seconds,
         skipped_updates=module.skipped_updates,
+        metrics={**module.metrics, **(forgetting[0].errors if forgetting else {})},
         predictions=predictions,
     )
 
 
-def _rows(stream: Stream, predictions: Predictions) -> Iterator[Row]:
-    for number, domain in enumerate(stream.domains):
+def _rows(domains: Sequence[str], predictions: Predictions) -> Iterator[Row]:
+    for number, domain in enumerate(domains):
         here = (predictions.domain == number) & (predictions.label != UNKNOWN)
         wrong = here & (predictions.prediction != predictions.label)
-        yield Row(domain=domain.name, samples=int(here.sum()), errors=int(wrong.sum()))
+        yield Row(domain=domain, samples=int(here.sum()), errors=int(wrong.sum()))
 
 
 def reset_period(reset: str | int) -> tuple[str, int]:
@@ -200,6 +225,7 @@ class OnlineModule(pl.LightningModule):
         reset: as in :func:`tta.evaluate`.
         cost: as in :func:`tta.evaluate`.
         paused: for each batch whether it is predicted without learning; empty where all are learned from.
+        oracle_steps: as in :func:`tta.evaluate`.
     """
 
     def __init__(
@@ -209,8 +235,11 @@ class OnlineModule(pl.LightningModule):
         reset: str | int = "never",
         cost: float | str = 1.0,
         paused: Sequence[bool] = (),
+        oracle_steps: int = 0,
     ) -> None:
         super().__init__()
+        if oracle_steps < 0:
+            raise ValueError(f"oracle_steps is a number of steps a batch, 0 for no oracle; got {oracle_steps}.")
         if cost != "measured" and (isinstance(cost, str) or not 1 <= cost < math.inf):
             raise ValueError(f"cost is a number of batches, 1 or more, or 'measured'; got {cost!r}.")
         self.adapter = adapter
@@ -219,10 +248,14 @@ class OnlineModule(pl.LightningModule):
         self.paused_batches = 0
         self._margin = MARGIN if cost == "measured" else 0.0
         self._paused = paused
+        self._oracle_steps = oracle_steps
         self.seconds = 0.0
         self.device_name = "cpu"
         self.finish: Callable[[Batch], Batch] | None = None  # what remains to be done to images once they are here
-        self._seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.metrics: dict[str, Any] = {}
+        self.passes = Passes()
+        self._record = Record()
+        self.check_logits: Callable[[int], None] | None = None  # raises where the model has other classes
         self._last_domain = -1
         self._skipped = 0
 
@@ -238,7 +271,7 @@ class OnlineModule(pl.LightningModule):
         else:
             images = batch if isinstance(batch, Tensor) else batch[0]
             labels = torch.full((len(images),), UNKNOWN) if isinstance(batch, Tensor) else batch[1]
-            first = sum(len(prediction) for *_, prediction in self._seen)
+            first = self._record.samples
             domain = torch.full((len(images),), dataloader_idx)
             index = torch.arange(first, first + len(images))
         here = Batch(images.to(device, non_blocking=True), labels, domain, index)
@@ -247,58 +280,76 @@ class OnlineModule(pl.LightningModule):
 
     def on_test_start(self) -> None:
         self._begin()
+        self.passes = Passes()
+        self.passes.attach(self.adapter)
+        forget_peak_memory(self.device)
 
     def on_predict_start(self) -> None:
         self._begin()
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        logits = self._predict_and_learn(batch, batch_idx)
-        self._seen.append((batch.domain, batch.index, batch.labels, logits.argmax(1)))
-        return {"logits": logits}
+        output = self._predict_and_learn(batch, batch_idx)
+        if batch_idx == 0 and self.check_logits is not None:
+            self.check_logits(output.logits.shape[1])
+        self._record.add(batch, output)
+        return {"logits": output.logits}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self._predict_and_learn(batch, batch_idx)
+        return self._predict_and_learn(batch, batch_idx).logits
 
     def on_test_epoch_end(self) -> None:
         _wait_for(self.device)
         if self.device.type == "cuda":
             self.device_name = torch.cuda.get_device_name(self.device)
         self.seconds = time.perf_counter() - self._started
+        self.passes.detach()
         predictions = self.predictions()
-        known = predictions.label != UNKNOWN
-        wrong = (predictions.prediction != predictions.label) & known
-        names = getattr(getattr(self.trainer.test_dataloaders, "dataset", None), "domains", None)
-        errors = {}
-        for number in sorted(set(predictions.domain[known].tolist())):
-            here = known & (predictions.domain == number)
-            errors[names[number].name if names else str(number)] = 100.0 * wrong[here].mean()
-        if errors:
-            scores = {f"error/{name}": float(error) for name, error in errors.items()}
-            self.log_dict({**scores, "mean_error": sum(scores.values()) / len(scores)}, batch_size=1)
+        if not len(predictions):
+            return
+        known = getattr(getattr(self.trainer.test_dataloaders, "dataset", None), "domains", None)
+        highest = int(predictions.domain.max())
+        names = [domain.name for domain in known] if known else [str(number) for number in range(highest + 1)]
+        rows = list(_rows(names, predictions))
+        self.metrics = self._measured(predictions, rows)
+        scored = {f"error/{row.domain}": row.error for row in rows if row.samples}
+        if scored:
+            numbers = {
+                name: float(value)
+                for name, value in self.metrics.items()
+                if isinstance(value, (int, float)) and not math.isnan(value)
+            }
+            mean = sum(scored.values()) / len(scored)
+            self.log_dict({**scored, "mean_error": mean, **numbers}, batch_size=1)
+
+    def _measured(self, predictions: Predictions, rows: Sequence[Row]) -> dict[str, Any]:
+        images, passes = len(predictions), self.passes
+        return {
+            **metrics.summary(predictions, rows, classes=self._record.classes),
+            "collapse": curves.collapse(curves.per_batch(predictions, [row.domain for row in rows])),
+            "forwards": passes.forwards,
+            "backwards": passes.backwards,
+            "forwards_per_image": passes.forwards / images,
+            "backwards_per_image": passes.backwards / images,
+            "images_per_second": images / self.seconds,
+            "peak_memory_mb": peak_memory_mb(self.device),
+        }
 
     def predictions(self) -> Predictions:
         """What was predicted so far, in stream order."""
-        columns = [torch.cat([part.cpu() for part in column]).numpy() for column in zip(*self._seen, strict=True)]
-        domain, index, label, prediction = columns
-        return Predictions(domain=domain, index=index, label=label, prediction=prediction)
+        return self._record.predictions()
 
-    def wrong_and_known(self, first: int) -> tuple[int, int]:
-        """Errors and samples with a known class since batch number ``first``; waits for the device."""
-        wrong = known = 0
-        for _, _, label, prediction in self._seen[first:]:
-            keep = label != UNKNOWN
-            wrong += int((prediction.cpu()[keep] != label[keep]).sum())
-            known += int(keep.sum())
-        return wrong, known
+    def wrong_and_known(self) -> tuple[int, int]:
+        """Errors and samples with a known class so far; waits for the device."""
+        return self._record.wrong_and_known()
 
     def _begin(self) -> None:
-        self._seen = []
+        self._record = Record()
         self._last_domain = -1
         self._skipped = -self.adapter.skipped_updates
         self.paused_batches = 0
         self._started = time.perf_counter()
 
-    def _predict_and_learn(self, batch: Batch, batch_idx: int) -> Tensor:
+    def _predict_and_learn(self, batch: Batch, batch_idx: int) -> Output:
         domain = int(batch.domain[0])
         changed, self._last_domain = domain != self._last_domain, domain
         if (self._period == -1 and changed) or (self._period > 0 and batch_idx % self._period == 0):
@@ -307,13 +358,38 @@ class OnlineModule(pl.LightningModule):
         if isinstance(self.cost, str):
             start = time.perf_counter()
             self.cost = measure_cost(self.adapter, batch.images)
-            self._started += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self._started += spent
+            self._record.leave_out(spent)
         missed = batch_idx % math.ceil(self.cost - self._margin) > 0
         if missed or (batch_idx < len(self._paused) and self._paused[batch_idx]):
             self.paused_batches += 1
             with self.adapter.paused():
-                return self.adapter.step(batch.images).logits
-        return self.adapter.step(batch.images).logits
+                return self.adapter.step(batch.images)
+        return self._best_of_steps(batch) if self._oracle_steps else self.adapter.step(batch.images)
+
+    def _best_of_steps(self, batch: Batch) -> Output:
+        """The prediction after the best of some steps on one batch, as its labels tell; the adapter goes on from there."""
+        best: tuple[float, float] | None = None
+        for number in range(self._oracle_steps):
+            self.adapter.step(batch.images)
+            with self.adapter.paused():
+                output = self.adapter.step(batch.images)
+            worth = _worth(output.logits.cpu(), batch.labels)
+            if best is None or worth > best:
+                best, found, chosen, state = worth, output, number, self.adapter.state_dict()
+        if chosen < self._oracle_steps - 1:
+            self.adapter.load_state_dict(state)
+        return found
+
+
+def _worth(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """How many predictions are right, then minus the sum of their cross-entropies; over known classes."""
+    known = labels != UNKNOWN
+    logits, labels = logits[known], labels[known]
+    return float((logits.argmax(1) == labels).sum()), -float(
+        nn.functional.cross_entropy(logits, labels, reduction="sum")
+    )
 
 
 class AdaptCallback(Callback):
@@ -364,6 +440,60 @@ class AdaptCallback(Callback):
         setattr(attrgetter(owner)(pl_module) if owner else pl_module, name, model)
 
 
+class SourceError(Callback):
+    """Error on the source domain before and after a run, in percent, predicted without learning.
+
+    Args:
+        stream: the source domain.
+        num_workers: as in :func:`tta.evaluate`.
+    """
+
+    def __init__(self, stream: Stream, num_workers: int = 0) -> None:
+        self.errors: dict[str, float] = {}
+        self._stream, self._num_workers = stream, num_workers
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.errors["source_error_before"] = self._error(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.errors["source_error_after"] = self._error(trainer, pl_module)
+
+    def _error(self, trainer: pl.Trainer, pl_module: Any) -> float:
+        record = Record()
+        # What is drawn here must not change what the run draws.
+        with isolate_rng(), pl_module.adapter.paused(), trainer.precision_plugin.forward_context():
+            for batch in self._stream.loader(self._num_workers):
+                record.add(batch, pl_module.adapter.step(to_float(batch.images.to(pl_module.device))))
+        wrong, known = record.wrong_and_known()
+        return 100.0 * wrong / known if known else math.nan
+
+
+class Consistency(Callback):
+    """Share of images in percent that are predicted alike as they are and shifted, by the adapter after each batch.
+
+    Labels are not looked at. The shift is the weak augmentation that keeps every class of image what it is (a flip does
+    not): by a sixteenth of the image to the right and down, edges reflected. Learns nothing and leaves the run as it was.
+    """
+
+    def __init__(self) -> None:
+        self._alike: list[Tensor] = []
+
+    @property
+    def percent(self) -> float:
+        """Over the run so far; NaN before it. Waits for the device."""
+        return 100.0 * float(torch.cat(self._alike).float().mean()) if self._alike else math.nan
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
+        adapter, images = pl_module.adapter, batch.images
+        by = max(1, images.shape[-1] // 16)
+        shifted = nn.functional.pad(images, (by, 0, by, 0), mode="reflect")[..., : images.shape[-2], : images.shape[-1]]
+        pl_module.passes.detach()
+        with isolate_rng(), adapter.paused(), trainer.precision_plugin.forward_context():
+            seen, moved = (adapter.step(view).logits.argmax(1) for view in (images, shifted))
+        pl_module.passes.attach(adapter)
+        self._alike.append(seen == moved)
+
+
 class OnlineProgress(ProgressBar):
     """A progress bar with the domain, the online error so far and images/s, refreshed at most 4 times a second."""
 
@@ -380,7 +510,7 @@ class OnlineProgress(ProgressBar):
         self._bar.start()
         self._task = self._bar.add_task("starting", total=len(self._stream), status="")
         self._started = self._refreshed = time.perf_counter()
-        self._batches = self._wrong = self._known = self._images = 0
+        self._images = 0
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -390,9 +520,8 @@ class OnlineProgress(ProgressBar):
         if now - self._refreshed < self.REFRESH_SECONDS:
             return
         self._refreshed = now
-        wrong, known = pl_module.wrong_and_known(self._batches)
-        self._batches, self._wrong, self._known = batch_idx + 1, self._wrong + wrong, self._known + known
-        error = f"{100 * self._wrong / self._known:.1f} %" if self._known else "-"
+        wrong, known = pl_module.wrong_and_known()
+        error = f"{100 * wrong / known:.1f} %" if known else "-"
         self._bar.update(
             self._task,
             completed=batch_idx + 1,

@@ -1,5 +1,6 @@
 """Pure functions of logits and activations that several methods share."""
 
+import math
 from typing import Any
 
 import torch
@@ -40,6 +41,19 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
+def entropy_of_mean(logits: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of the mean of the predicted distributions, through ``log_softmax``.
+
+    Args:
+        logits: (views, classes), any floating dtype.
+
+    Returns:
+        float32 scalar.
+    """
+    log_mean = logits.float().log_softmax(dim=1).logsumexp(dim=0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean).sum()
+
+
 def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     """Cross-entropy of each sample against the distribution of the target logits, in nats.
 
@@ -51,6 +65,21 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
         (batch,), float32.
     """
     return -(target_logits.float().softmax(dim=1) * logits.float().log_softmax(dim=1)).sum(dim=1)
+
+
+def symmetric_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Mean of the cross-entropies of each sample in the two directions, in nats.
+
+    Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels", ICCV 2019.
+
+    Args:
+        logits: (batch, classes), any floating dtype.
+        target_logits: (batch, classes); gradients flow into them unless they are detached.
+
+    Returns:
+        (batch,), float32.
+    """
+    return (soft_cross_entropy(logits, target_logits) + soft_cross_entropy(target_logits, logits)) / 2
 
 
 def reliable(entropies: Tensor, margin: float) -> Tensor:
@@ -83,6 +112,26 @@ def unlike(probabilities: Tensor, average: Tensor, margin: float) -> Tensor:
         (batch,), boolean.
     """
     return F.cosine_similarity(probabilities, average[None], dim=1).abs() < margin
+
+
+def followed(average: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """The average prediction after a batch: nine tenths of what it was, one tenth the mean of the chosen predictions.
+
+    Where none is chosen it stays as it is.
+
+    Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
+
+    Args:
+        average: (classes,); zeros stand for none yet, and the first mean replaces them.
+        probabilities: (batch, classes).
+        chosen: (batch,), boolean.
+
+    Returns:
+        (classes,).
+    """
+    new = masked_mean(probabilities, chosen)
+    blended = torch.where(average.any(), 0.9 * average + 0.1 * new, new)
+    return torch.where(chosen.any(), blended, average)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

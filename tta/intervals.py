@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tta.results import Floats, Integers, Predictions, Result
+from tta.predictions import Floats, Integers, Predictions
+from tta.results import Result
 
 
 @dataclass(frozen=True)

@@ -1,74 +1,53 @@
 """Model specs: a name and a checkpoint become a module that takes images in [0, 1] and normalises them inside, once."""
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import timm
-import torch
-import torchvision
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from tta import networks
+from tta.checkpoints import load_weights
+from tta.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
+from tta.families import FAMILIES, Request, from_function, nearest
 
-FORMS = {
-    "timm:NAME[.TAG]": "any classifier of timm, with the weights of that tag",
-    "torchvision:NAME[/WEIGHTS]": "any classifier of torchvision; without WEIGHTS it is untrained",
+FUNCTION = "PACKAGE.MODULE:FUNCTION"
+
+
+class Embedded(NamedTuple):
+    """A source model whose weights are part of this package."""
+
+    make: Callable[..., nn.Module]
+    file: str
+    clean_error: float  # %, on the 800 held-out digits
+
+
+class Untrained(NamedTuple):
+    """A network that comes without weights: they are given as a checkpoint."""
+
+    make: Callable[..., nn.Module]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    line: str
+
+
+EMBEDDED = {
+    "digits-cnn": Embedded(networks.DigitsCNN, "digits_cnn.safetensors", 0.375),
+    "digits-vit": Embedded(networks.digits_vit, "digits_vit.safetensors", 1.125),
 }
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-CIFAR_RESNETS = {f"cifar-resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 
 
-class ImageClassifier(nn.Module):
-    """A network with its input normalisation: images (batch, 3, height, width) in [0, 1] -> logits (batch, classes).
-
-    Args:
-        model: the network on normalised images.
-        mean: per channel, of images in [0, 1].
-        std: per channel.
-        spec: what :func:`load_model` was asked for, for the manifest.
-        input_size: height and width the network was trained on, where known.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], spec: str, input_size: Sequence[int] | None
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.spec = spec
-        self.preprocessing: dict[str, Any] = {"input_size": None if input_size is None else list(input_size)}
-        self.normalise_by(mean, std)
-
-    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Use this mean and standard deviation, three numbers each, and record them.
-
-        Raises:
-            ValueError: not three numbers, or a standard deviation that is not above 0.
-        """
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(
-                f"mean and std are three numbers each, for images in [0, 1], std above 0; got mean={list(mean)}, "
-                f"std={list(std)}."
-            )
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        self.preprocessing |= {"mean": list(mean), "std": list(std)}
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std)
+def _resnet(depth: int) -> Callable[..., nn.Module]:
+    return lambda **classes: networks.CifarResNet(depth, **classes)
 
 
-# name -> (the network, its weights in this package)
-EMBEDDED: dict[str, tuple[Callable[..., nn.Module], str]] = {
-    "digits-cnn": (networks.DigitsCNN, "digits_cnn.safetensors"),
-    "digits-vit": (networks.digits_vit, "digits_vit.safetensors"),
+OF_HE = "He et al.'s ResNet for 32-pixel images; needs checkpoint=PATH"
+OF_TTT = "TTT's ResNet with GroupNorm for 32-pixel images; needs checkpoint=PATH"
+UNTRAINED = {
+    **{f"cifar-resnet{d}": Untrained(_resnet(d), IMAGENET_MEAN, IMAGENET_STD, OF_HE) for d in (20, 32, 44, 56, 110)},
+    "cifar-resnet26-gn": Untrained(networks.CifarResNetGN, HALF, HALF, OF_TTT),
 }
 
 
@@ -83,117 +62,79 @@ def load_model(
 ) -> ImageClassifier:
     """A source model in ``eval()`` mode that takes images in [0, 1]; mean and std are applied inside, exactly once.
 
+    They are those of the weights' own metadata, and stand with input size, interpolation, resize and crop in
+    ``preprocessing``. A checkpoint that brings its own (``mu`` and ``sigma``, ``normalize.mean`` ...) has the say.
+
     Args:
         spec: one of ``tta list models``: ``digits-cnn`` or ``digits-vit`` (embedded), ``cifar-resnet20`` (32, 44, 56,
-            110), ``timm:NAME[.TAG]``, or ``torchvision:NAME[/WEIGHTS]``.
+            110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``, ``torchvision:NAME[/WEIGHTS]``, ``hf:NAME``,
+            ``robustbench:[cifar100/]NAME``, or ``PACKAGE.MODULE:FUNCTION``, a function of yours that returns a network.
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
         num_classes: of the classifier, where it differs from the spec's own.
-        pretrained: fetch the spec's own weights (timm, torchvision with ``/WEIGHTS``) when there is no checkpoint;
-            ``False`` leaves the network untrained.
+        pretrained: get the spec's own weights when there is no checkpoint; ``False`` leaves the network untrained.
         mean: per channel, of images in [0, 1], where the checkpoint was trained with other values than the spec's.
         std: per channel, likewise.
 
     Raises:
-        ValueError: an unknown spec (the nearest is offered), a spec without weights of its own and no checkpoint, or a
-            checkpoint whose names do not fit (they are listed).
+        ValueError: an unknown spec or name of weights (the nearest is offered), a spec without weights of its own and no
+            checkpoint, weights for another number of classes, or a checkpoint whose names do not fit (they are listed).
         FileNotFoundError: there is no such checkpoint.
+        ModuleNotFoundError: ``hf:`` without transformers.
     """
     prefix, _, name = spec.partition(":")
-    classes = {} if num_classes is None else {"num_classes": num_classes}
-    fetch = pretrained and checkpoint is None
+    request = Request(spec, name, num_classes, pretrained and checkpoint is None)
     if spec in EMBEDDED:
-        make, file = EMBEDDED[spec]
-        model = ImageClassifier(make(**classes), HALF, HALF, spec, (32, 32))
-        if fetch:
-            with resources.as_file(resources.files("tta") / "weights" / file) as path:
-                load_weights(model.model, path)
-    elif spec in CIFAR_RESNETS:
-        if fetch:
-            raise ValueError(
-                f"'{spec}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
-            )
-        resnet = networks.CifarResNet(CIFAR_RESNETS[spec], **classes)
-        model = ImageClassifier(resnet, IMAGENET_MEAN, IMAGENET_STD, spec, (32, 32))
-    elif prefix == "timm" and name:
-        network = _create_timm(name, fetch, classes)
-        cfg = timm.data.resolve_model_data_config(network)
-        model = ImageClassifier(network, cfg["mean"], cfg["std"], spec, cfg["input_size"][1:])
-    elif prefix == "torchvision" and name:
-        model = _create_torchvision(spec, name, fetch, classes)
+        model = _embedded(request)
+    elif spec in UNTRAINED:
+        model = _untrained(request)
+    elif prefix in FAMILIES and name:
+        model = FAMILIES[prefix].make(request)
+    elif name and _importable(prefix):
+        model = from_function(prefix, request)
     else:
-        match = difflib.get_close_matches(spec, [*EMBEDDED, *CIFAR_RESNETS], n=1)
-        hint = f" Did you mean '{match[0]}'?" if match else ""
-        raise ValueError(f"No model '{spec}'.{hint} There are: {', '.join(list_models())}.")
+        known = [*EMBEDDED, *UNTRAINED, *(f"{family}:{name or 'NAME'}" for family in FAMILIES)]
+        raise ValueError(f"No model '{spec}'.{nearest(spec, known)} There are: {', '.join(list_models())}.")
     if checkpoint is not None:
-        load_weights(model.model, Path(checkpoint))
+        if brought := load_weights(model.model, checkpoint):
+            model.normalise_by(*brought)
+        if prefix != "robustbench":  # there the spec names the weights, wherever they lie
+            model.clean_error = None
+    elif not pretrained:
+        model.clean_error = None
     if mean is not None or std is not None:
-        model.normalise_by(mean or model.preprocessing["mean"], std or model.preprocessing["std"])
+        own = model.preprocessing
+        model.normalise_by(own["mean"] if mean is None else mean, own["std"] if std is None else std)
     return model.eval()
 
 
 def list_models() -> dict[str, str]:
     """The embedded models and the forms of the other specs, each with what it is in a line."""
-    embedded = {name: (make.__doc__ or "").splitlines()[0] for name, (make, _) in EMBEDDED.items()}
-    cifar = dict.fromkeys(CIFAR_RESNETS, "He et al.'s ResNet for 32-pixel images; needs checkpoint=PATH")
-    return {**embedded, **cifar, **FORMS}
+    embedded = {name: (own.make.__doc__ or "").splitlines()[0] for name, own in EMBEDDED.items()}
+    untrained = {name: network.line for name, network in UNTRAINED.items()}
+    families = {family.form: family.line for family in FAMILIES.values()}
+    return {**embedded, **untrained, **families, FUNCTION: "a function of yours that returns a network on [0, 1]"}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a checkpoint; ``state_dict``/``model`` wrappings and a ``module.`` prefix are taken off.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: names are missing or unexpected, or shapes differ; they are listed.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint at '{path}'.")
-    state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    for wrapping in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapping), Mapping):
-            state = state[wrapping]
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    own = model.state_dict()
-    wrong = {
-        "missing": sorted(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
-        "unexpected": sorted(key for key in state if key not in own),
-        "of another shape": sorted(
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        ),
-    }
-    if any(wrong.values()):
-        lines = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys]
-        raise ValueError(f"The checkpoint '{path}' does not fit {type(model).__name__}. " + " ".join(lines))
-    model.load_state_dict(state, strict=False)  # num_batches_tracked alone may be absent: nothing reads it in eval()
+def _embedded(request: Request) -> ImageClassifier:
+    make, file, clean_error = EMBEDDED[request.spec]
+    model = ImageClassifier(make(**request.classes), HALF, HALF, request.spec, (32, 32), clean_error=clean_error)
+    if request.fetch:
+        with resources.as_file(resources.files("tta") / "weights" / file) as path:
+            load_weights(model.model, path)
+    return model
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:10]) + (f", and {len(keys) - 10} more." if len(keys) > 10 else ".")
+def _untrained(request: Request) -> ImageClassifier:
+    if request.fetch:
+        raise ValueError(
+            f"'{request.spec}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
+        )
+    make, mean, std, _ = UNTRAINED[request.spec]
+    return ImageClassifier(make(**request.classes), mean, std, request.spec, (32, 32))
 
 
-def _create_timm(name: str, pretrained: bool, classes: Mapping[str, Any]) -> nn.Module:
-    if not timm.is_model(name.split(".")[0]):
-        match = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f" Did you mean '{match[0]}'?" if match else ""
-        raise ValueError(f"timm has no model '{name}'.{hint}")
-    return timm.create_model(name, pretrained=pretrained, **classes)
-
-
-def _create_torchvision(spec: str, name: str, pretrained: bool, classes: Mapping[str, int]) -> ImageClassifier:
-    name, _, tag = name.partition("/")
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        match = difflib.get_close_matches(name, torchvision.models.list_models(module=torchvision.models), n=1)
-        hint = f" Did you mean '{match[0]}'?" if match else ""
-        raise ValueError(f"torchvision has no classifier '{name}'.{hint}")
-    mean, std, size = IMAGENET_MEAN, IMAGENET_STD, None
-    weights = None
-    if tag:
-        known = torchvision.models.get_model_weights(name)
-        if tag not in known.__members__:
-            raise ValueError(f"'{name}' has no weights '{tag}'. There are: {', '.join(known.__members__)}.")
-        weights = known[tag]
-        transforms = weights.transforms()
-        mean, std, size = tuple(transforms.mean), tuple(transforms.std), transforms.crop_size * 2
-    network = torchvision.models.get_model(name, weights=weights if pretrained else None, **classes)
-    return ImageClassifier(network, mean, std, spec, size)
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

@@ -1,4 +1,7 @@
-"""Networks that no library ships: the embedded digit classifiers and the ResNets of the CIFAR benchmarks."""
+"""Networks that no library ships: the embedded digit classifiers and those of the CIFAR benchmarks.
+
+The CIFAR networks carry the parameter names of the published weights, so that those load as they are.
+"""
 
 from collections.abc import Callable
 
@@ -99,3 +102,165 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class WideBlock(nn.Module):
+    """BatchNorm and ReLU before each 3x3 convolution; where channels change, the shortcut leaves behind the first ReLU."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.convShortcut = None if channels_in == channels else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(y)
+        return shortcut + self.conv2(torch.relu(self.bn2(self.conv1(y))))
+
+
+class WideStage(nn.Module):
+    """Blocks in a row, the first of which changes channels and resolution."""
+
+    def __init__(self, channels_in: int, channels: int, blocks: int, stride: int) -> None:
+        super().__init__()
+        rest = (WideBlock(channels, channels, 1) for _ in range(blocks - 1))
+        self.layer = nn.Sequential(WideBlock(channels_in, channels, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width for 32-pixel images, in RobustBench's parameter names.
+
+    Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016. Croce et al., "RobustBench", NeurIPS Datasets and
+    Benchmarks 2021, whose ``Standard`` is a WRN-28-10 and whose ``Hendrycks2020AugMix_WRN`` a WRN-40-2.
+
+    Args:
+        depth: 6 n + 4 layers.
+        width: how many times as wide as a ResNet of 16, 32 and 64 channels.
+        num_classes: of the classifier ``fc``.
+    """
+
+    def __init__(self, depth: int = 28, width: int = 10, num_classes: int = 10) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 4, 6)
+        if blocks < 1 or rest:
+            raise ValueError(f"depth is 6 n + 4, such as 16, 28 or 40; got {depth}.")
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.block1 = WideStage(16, 16 * width, blocks, 1)
+        self.block2 = WideStage(16 * width, 32 * width, blocks, 2)
+        self.block3 = WideStage(32 * width, 64 * width, blocks, 2)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(torch.relu(self.bn1(x)).mean((2, 3)))
+
+
+class GroupedBottleneck(nn.Module):
+    """1x1, grouped 3x3 and 1x1 convolution; ``dim`` channels a group of the ``groups`` in the middle."""
+
+    def __init__(self, channels_in: int, dim: int, groups: int, channels: int, stride: int) -> None:
+        super().__init__()
+        inner = dim * groups
+        self.conv_reduce = nn.Conv2d(channels_in, inner, 1, bias=False)
+        self.bn_reduce = nn.BatchNorm2d(inner)
+        self.conv_conv = nn.Conv2d(inner, inner, 3, stride, 1, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(inner)
+        self.conv_expand = nn.Conv2d(inner, channels, 1, bias=False)
+        self.bn_expand = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels_in != channels:
+            convolution = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn_reduce(self.conv_reduce(x)))
+        y = self.bn_expand(self.conv_expand(torch.relu(self.bn(self.conv_conv(y)))))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class CifarResNeXt(nn.Module):
+    """ResNeXt-29 of 4 groups of 32 channels for 32-pixel images, in RobustBench's parameter names.
+
+    Xie et al., "Aggregated Residual Transformations for Deep Neural Networks", CVPR 2017, section 5.3; RobustBench's
+    ``Hendrycks2020AugMix_ResNeXt``.
+
+    Args:
+        num_classes: of the classifier ``classifier``.
+    """
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv_1_3x3 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn_1 = nn.BatchNorm2d(64)
+        self.stage_1 = self._stage(64, 256, 1)
+        self.stage_2 = self._stage(256, 512, 2)
+        self.stage_3 = self._stage(512, 1024, 2)
+        self.classifier = nn.Linear(1024, num_classes)
+
+    @staticmethod
+    def _stage(channels_in: int, channels: int, stride: int, blocks: int = 3, groups: int = 4) -> nn.Sequential:
+        dim = channels // 8  # 32 in the first stage, doubled with the channels
+        first = GroupedBottleneck(channels_in, dim, groups, channels, stride)
+        return nn.Sequential(first, *(GroupedBottleneck(channels, dim, groups, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn_1(self.conv_1_3x3(x)))
+        return self.classifier(self.stage_3(self.stage_2(self.stage_1(x))).mean((2, 3)))
+
+
+class GroupNormBlock(nn.Module):
+    """GroupNorm and ReLU before each 3x3 convolution; the shortcut averages pixels and appends zero channels."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.added = channels - channels_in
+        self.bn1 = nn.GroupNorm(groups, channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.GroupNorm(groups, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(torch.relu(self.bn1(x)))
+        y = self.conv2(torch.relu(self.bn2(y)))
+        return y + F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, 0, self.added))
+
+
+class CifarResNetGN(nn.Module):
+    """ResNet-26 with GroupNorm for 32-pixel images, in the parameter names of TTT's released code (also MEMO's).
+
+    Sun et al., "Test-Time Training with Self-Supervision for Generalization under Distribution Shifts", ICML 2020.
+
+    Args:
+        depth: 6 n + 2 layers.
+        num_classes: of the classifier ``fc``.
+        groups: of each norm layer.
+    """
+
+    def __init__(self, depth: int = 26, num_classes: int = 10, groups: int = 8) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if blocks < 1 or rest:
+            raise ValueError(f"depth is 6 n + 2, such as 20, 26 or 32; got {depth}.")
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.layer1 = self._stage(16, 16, blocks, 1, groups)
+        self.layer2 = self._stage(16, 32, blocks, 2, groups)
+        self.layer3 = self._stage(32, 64, blocks, 2, groups)
+        self.bn = nn.GroupNorm(groups, 64)
+        self.fc = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def _stage(channels_in: int, channels: int, blocks: int, stride: int, groups: int) -> nn.Sequential:
+        first = GroupNormBlock(channels_in, channels, stride, groups)
+        return nn.Sequential(first, *(GroupNormBlock(channels, channels, 1, groups) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.fc(torch.relu(self.bn(x)).mean((2, 3)))

@@ -4,7 +4,7 @@ Which statistics a BatchNorm layer uses belongs to the method. Every function he
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 # Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
 BATCH_NORMS = (_BatchNorm,)
 AFFINE_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+# The top of a ResNet-50 and of a ViT-B, which SAR and the methods built on it leave alone.
+TOP = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm")
 
 
 def named_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[tuple[str, nn.Module]]:
@@ -46,6 +48,22 @@ def within(name: str, parts: Iterable[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 
 
+def layers_outside(model: nn.Module, exclude: Sequence[str]) -> list[nn.Module]:
+    """Normalisation layers that lie within none of the modules of these names.
+
+    Raises:
+        ValueError: none is left; the message lists all.
+    """
+    named = named_layers(model)
+    found = [layer for name, layer in named if not within(name, exclude)]
+    if not found:
+        raise ValueError(
+            f"All {len(named)} normalisation layers of {type(model).__name__} are excluded by exclude={list(exclude)}. "
+            f"Exclude fewer; they are called {', '.join(name for name, _ in named)}."
+        )
+    return found
+
+
 def use_batch_statistics(layer: nn.Module) -> None:
     """Make a BatchNorm layer normalise by the statistics of the current batch, in ``train()`` and ``eval()`` alike.
 
@@ -59,6 +77,22 @@ def use_batch_statistics(layer: nn.Module) -> None:
         layer.num_batches_tracked = None
         if type(layer) is nn.BatchNorm2d:
             layer.__class__ = ChannelsLastBatchNorm2d
+
+
+@contextmanager
+def by_batch(model: nn.Module) -> Iterator[None]:
+    """Within this context BatchNorm layers normalise by the current batch; what they have stored is left as it is."""
+    layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
+    stored = [(layer, type(layer), layer.running_mean, layer.running_var) for layer in layers]
+    for layer, kind, _, _ in stored:
+        layer.running_mean = layer.running_var = None
+        if kind is nn.BatchNorm2d:
+            layer.__class__ = ChannelsLastBatchNorm2d
+    try:
+        yield
+    finally:
+        for layer, kind, mean, var in stored:
+            layer.__class__, layer.running_mean, layer.running_var = kind, mean, var
 
 
 class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
@@ -139,17 +173,35 @@ class BlendedBatchNorm(nn.Module):
             # One value a channel has no unbiased variance; its biased one is 0, which the source share keeps usable.
             correction = 1 if x.numel() > x.shape[1] else 0
             batch_var, batch_mean = torch.var_mean(x.float(), dim=dims, correction=correction)
-            running_mean, running_var = self.layer.running_mean, self.layer.running_var
-            assert running_mean is not None
-            assert running_var is not None
+            running_mean, running_var = self._stored()
             mean = torch.lerp(running_mean, batch_mean, self.weight)
             var = torch.lerp(running_var, batch_var, self.weight)
             if self.remember:
-                # On a GPU a bad batch is reported a batch late: it must not enter the average meanwhile.
-                finite = mean.isfinite() & var.isfinite()
-                running_mean.copy_(torch.where(finite, mean, running_mean))
-                running_var.copy_(torch.where(finite, var, running_var))
+                self._store(mean, var)
         return functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
+
+    @torch.no_grad()
+    def _store(self, mean: Tensor, var: Tensor) -> None:
+        """Take over statistics, but for channels where they are not finite.
+
+        On a GPU a bad batch is reported a batch late: it must not enter the stored statistics meanwhile.
+        """
+        running_mean, running_var = self._stored()
+        finite = mean.isfinite() & var.isfinite()
+        running_mean.copy_(torch.where(finite, mean, running_mean))
+        running_var.copy_(torch.where(finite, var, running_var))
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        running_mean, running_var = self.layer.running_mean, self.layer.running_var
+        assert running_mean is not None
+        assert running_var is not None
+        return running_mean, running_var
+
+    def _scaled(self, normalised: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the layer itself makes of normalised values: it scales, shifts and, if it is of such a kind, activates."""
+        mean, var = self._stored()
+        neutral = {"running_mean": torch.zeros_like(mean), "running_var": torch.ones_like(var) - self.layer.eps}
+        return functional_call(self.layer, neutral, (normalised.to(dtype),))
 
 
 class RobustBatchNorm(BlendedBatchNorm):
@@ -166,23 +218,76 @@ class RobustBatchNorm(BlendedBatchNorm):
             return self.layer(x)
         values = x.float()
         batch_var, batch_mean = torch.var_mean(values, dim=[d for d in range(x.dim()) if d != 1], correction=0)
-        running_mean, running_var = self.layer.running_mean, self.layer.running_var
-        assert running_mean is not None
-        assert running_var is not None
+        running_mean, running_var = self._stored()
         mean = (1 - self.weight) * running_mean + self.weight * batch_mean
         var = (1 - self.weight) * running_var + self.weight * batch_var
-        with torch.no_grad():
-            finite = mean.isfinite() & var.isfinite()
-            running_mean.copy_(torch.where(finite, mean, running_mean))
-            running_var.copy_(torch.where(finite, var, running_var))
+        self._store(mean, var)
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        normalised = (values - mean.view(shape)) / (var.view(shape) + self.layer.eps).sqrt()
-        # The layer itself scales, shifts and, if it is of such a kind, activates: with statistics that change nothing.
-        plain = {"running_mean": torch.zeros_like(mean), "running_var": torch.ones_like(var) - self.layer.eps}
-        return functional_call(self.layer, plain, (normalised.to(x.dtype),))
+        return self._scaled((values - mean.view(shape)) / (var.view(shape) + self.layer.eps).sqrt(), x.dtype)
 
 
-def blend_statistics(model: nn.Module, weight: float, kind: type[BlendedBatchNorm] = BlendedBatchNorm) -> None:
+class MovingBatchNorm(BlendedBatchNorm):
+    """A BatchNorm layer that normalises by its stored statistics; while it is ``remembering``, by the batch's.
+
+    These then move the stored ones, as in training mode with a momentum of ``weight``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.remember:
+            return self.layer(x)
+        values = x.float()
+        mean, var = self._take_in(values)
+        count = values.numel() / values.shape[1]
+        return self._scaled((values - mean) / (var * ((count - 1) / count) + self.layer.eps).sqrt(), x.dtype)
+
+    def _take_in(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance of the batch, (1, channels, 1, ...); the stored ones move towards them."""
+        dims = [d for d in range(values.dim()) if d != 1]
+        var, mean = torch.var_mean(values, dim=dims, keepdim=True)
+        running_mean, running_var = self._stored()
+        self._store(
+            torch.lerp(running_mean, mean.flatten(), self.weight), torch.lerp(running_var, var.flatten(), self.weight)
+        )
+        return mean, var
+
+
+class InstanceAwareBatchNorm(MovingBatchNorm):
+    """A BatchNorm layer whose statistics give way to those of an image where the two differ by more than chance.
+
+    Differences below ``k`` standard errors of the image's own mean and variance count as chance. In a map of a single
+    value there are none. The batch's statistics stand in for the stored ones while the layer is ``remembering``.
+
+    Gong et al., "NOTE: Robust Continual Test-time Adaptation Against Temporal Correlation", NeurIPS 2022.
+    """
+
+    def __init__(self, layer: _BatchNorm, weight: float, k: float) -> None:
+        super().__init__(layer, weight)
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.float()
+        if self.remember:
+            mean, var = self._take_in(values)
+        else:
+            shape = [1, -1, *[1] * (x.dim() - 2)]
+            mean, var = (stored.view(shape) for stored in self._stored())
+        count = values[0, 0].numel()
+        if count > 1:
+            own_var, own_mean = torch.var_mean(values, dim=list(range(2, x.dim())), keepdim=True)
+            scale = var + self.layer.eps
+            mean = mean + _shrunk(own_mean - mean, self.k * (scale / count).sqrt())
+            var = (var + _shrunk(own_var - var, self.k * scale * (2 / (count - 1)) ** 0.5)).relu()
+        return self._scaled((values - mean) * (var + self.layer.eps).rsqrt(), x.dtype)
+
+
+def _shrunk(x: Tensor, by: Tensor) -> Tensor:
+    """``x`` moved towards zero by a distance, no further than zero."""
+    return x - torch.minimum(torch.maximum(x, -by), by)
+
+
+def blend_statistics(
+    model: nn.Module, weight: float, kind: Callable[[_BatchNorm, float], BlendedBatchNorm] = BlendedBatchNorm
+) -> None:
     """Replace every BatchNorm layer below ``model`` by a :class:`BlendedBatchNorm` with the given batch weight."""
     blended: dict[nn.Module, BlendedBatchNorm] = {}  # a layer used in two places stays one layer
     for parent in list(model.modules()):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tta.datasets.ccc import Walk
+from tta.datasets.corruptions import HIGHEST
 from tta.datasets.stream import Stream
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ COLUMNS = 400  # more batches than that share columns: a picture has no more roo
 def schedule(stream: Stream) -> "Figure":
     """What arrives when: the share of each domain in each batch, below it that of each class. No image is read.
 
-    Batches that are predicted without learning are marked along the top.
+    Batches that are predicted without learning are marked along the top. Of corruptions that change continuously the
+    severities are shown instead of the domains.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -47,12 +50,17 @@ def draw_schedule(stream: Stream, above: "Axes", below: "Axes", *, legend: bool 
     for number, domain in enumerate(stream.domains):
         label[row == number] = domain.labels.numpy()[position[row == number]]
 
-    origins = [_original(domain) for domain in stream.domains]
-    severities = [getattr(domain, "severity", 1) for domain in stream.domains]
-    colours = _colours(list(dict.fromkeys(origins)))
-    shades = [(colours[o], 1 - 0.8 * (1 - s / max(severities))) for o, s in zip(origins, severities, strict=True)]
-    _stack(above, batch, row, shades, len(lengths))
-    above.set_ylabel("domains", fontsize=8)
+    if isinstance(stream.domains[0], Walk):
+        colours = _severities(above, stream.domains[0], stream.batch_size)
+        above.set_ylabel("severities", fontsize=8)
+    else:
+        origins = [_original(domain) for domain in stream.domains]
+        severities = [getattr(domain, "severity", 1) for domain in stream.domains]
+        colours = _colours(list(dict.fromkeys(origins)))
+        highest = max(severities) or 1
+        shades = [(colours[o], 1 - 0.8 * (1 - s / highest)) for o, s in zip(origins, severities, strict=True)]
+        _stack(above, batch, row, shades, len(lengths))
+        above.set_ylabel("domains", fontsize=8)
 
     classes, kind = np.unique(label, return_inverse=True)
     of_class = _colours([str(one) for one in classes if one >= 0])
@@ -92,6 +100,20 @@ def _colours(names: list[str]) -> dict[str, Colour]:
         return {name: colormaps["turbo"](n / len(names)) for n, name in enumerate(names)}
     strong_first = [*range(0, 20, 2), *range(1, 20, 2)]  # the palette's pale colours look like low severities
     return {name: colormaps["tab20"](strong_first[n]) for n, name in enumerate(names)}
+
+
+def _severities(axes: "Axes", walk: Walk, batch_size: int) -> dict[str, Colour]:
+    """Severity of each corruption over the batches, an area each."""
+    names = list(dict.fromkeys(name for step in walk.steps for name in (step.first, step.second)))
+    colours = _colours(names)
+    arrivals = np.arange(len(walk.steps) + 1) * walk.speed
+    edges = np.minimum(arrivals, len(walk.index)) / batch_size
+    for name in names:
+        severity = [s.severity_1 if s.first == name else s.severity_2 if s.second == name else 0 for s in walk.steps]
+        axes.stairs(severity, edges, fill=True, color=colours[name], alpha=0.6)
+    axes.set(ylim=(0, HIGHEST), yticks=[0, HIGHEST])
+    axes.tick_params(labelsize=7)
+    return colours
 
 
 def _stack(axes: "Axes", batch: Integers, kind: Integers, shades: list[tuple[Colour, float]], batches: int) -> None:

@@ -81,12 +81,14 @@ class Comparison:
         baseline: method or label that the others are compared with; None where it is not among the results.
         varying: names of the settings in which the runs differ.
         notes: what a reader of the table has to know.
+        metrics: shown beside the errors, by their names in :attr:`tta.Result.metrics`.
     """
 
     groups: tuple[Group, ...]
     baseline: str | None
     varying: tuple[str, ...]
     notes: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -114,6 +116,7 @@ class Comparison:
             [":--"] * (len(self.varying) + 1)
             + ["--:"] * (len(self.domains) + 1)
             + [":--"] * (self.baseline is not None)
+            + ["--:"] * len(self.metrics)
         )
         rows = [row for group in self.groups for row in self._rows(group, "**{}**".format)]
         lines = [tables.markdown_row(row) for row in [self._short_header(), align, *rows]]
@@ -131,6 +134,7 @@ class Comparison:
     def to_latex(self) -> str:
         """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""
         columns = "l" * (len(self.varying) + 1) + "r" * (len(self.domains) + 1) + "l" * (self.baseline is not None)
+        columns += "r" * len(self.metrics)
         blocks = [
             "\n".join(tables.latex_row(row) for row in self._rows(group, "\\textbf{{{}}}".format, tables.latex))
             for group in self.groups
@@ -184,7 +188,7 @@ class Comparison:
 
     def _tables(self, group: Group, width: int) -> Iterator[Table]:
         """Domains down, runs across: fifteen domains fit any terminal. Runs that do not fit side by side go below."""
-        names = [*group.domains, MEAN, *self._versus_name(), "seconds"]
+        names = [*group.domains, MEAN, *self._versus_name(), "seconds", *self.metrics]
         first = max(map(len, names))
         room = width - first - 4
         heads = [_heading(run, self.varying, group) for run in group.runs]
@@ -207,6 +211,8 @@ class Comparison:
             for name in self._versus_name():
                 table.add_row(name, *(Text(run.versus()) for run in runs))
             table.add_row("seconds", *(f"{run.result.seconds:.1f}" for run in runs))
+            for name in self.metrics:
+                table.add_row(name, *(_metric(run.result, name) for run in runs))
             yield table
 
     def _versus_name(self) -> list[str]:
@@ -216,14 +222,15 @@ class Comparison:
         for run in group.runs:
             errors = [_shown(run, column, group, bold) for column in (*self.domains, MEAN)]
             names = map(quote, [*run.settings.values(), run.label])
-            yield [*names, *errors, *([run.versus()] if self.baseline else [])]
+            metrics = [_metric(run.result, name) for name in self.metrics]
+            yield [*names, *errors, *([run.versus()] if self.baseline else []), *metrics]
 
     def _short_header(self) -> list[str]:
-        return [*self.varying, "method", *tables.shortened(self.domains), MEAN, *self._versus_name()]
+        return [*self.varying, "method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
 
     def _header(self) -> list[str]:
         interval = ["difference", "low", "high"] if self.baseline else []
-        return [*self.varying, "method", *self.domains, MEAN, *interval, "seconds"]
+        return [*self.varying, "method", *self.domains, MEAN, *interval, "seconds", *self.metrics]
 
     def _records(self) -> list[list[Any]]:
         records = []
@@ -231,7 +238,8 @@ class Comparison:
             low, high = (run.interval.low, run.interval.high) if run.interval else (None, None)
             interval = [run.difference, low, high] if self.baseline else []
             errors = [_error(run, column) for column in (*self.domains, MEAN)]
-            records.append([*run.settings.values(), run.label, *errors, *interval, run.result.seconds])
+            metrics = [_find_metric(run.result, name) for name in self.metrics]
+            records.append([*run.settings.values(), run.label, *errors, *interval, run.result.seconds, *metrics])
         return records
 
 
@@ -244,7 +252,7 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 }
 
 
-def compare(results: Iterable[Result], baseline: str | None = None) -> Comparison:
+def compare(results: Iterable[Result], baseline: str | None = None, *, metrics: Sequence[str] = ()) -> Comparison:
     """Results side by side, each with its difference to a baseline and a paired bootstrap interval.
 
     A run is compared with the baseline's run on the same stream, seed and source model, over the images both predicted
@@ -253,13 +261,19 @@ def compare(results: Iterable[Result], baseline: str | None = None) -> Compariso
     Args:
         results: made by :func:`tta.evaluate` or read by :func:`tta.results.find_results`.
         baseline: a method, or a run's label as the table shows it. Left out: ``source``, if it is among the results.
+        metrics: shown beside the errors, by their names in :attr:`tta.Result.metrics`: ``"ece"``, ``"forwards_per_image"``,
+            with dots ``"collapse.last.class_entropy"``.
 
     Raises:
-        ValueError: no results, or none of the baseline.
+        ValueError: no results, none of the baseline, or a metric that none of them has.
     """
     results = list(results)
     if not results:
         raise ValueError("Nothing to compare: got no results.")
+    for name in metrics:
+        if all(_find_metric(result, name) is None for result in results):
+            known = dict.fromkeys(key for result in results for key in _numbers(result))
+            raise ValueError(f"No result has a metric '{name}'. There are: {', '.join(known) or 'none'}.")
     settings = [_settings(result) for result in results]
     names = dict.fromkeys(name for one in settings for name in one)
     varying = tuple(name for name in names if len({one.get(name) for one in settings}) > 1)
@@ -293,7 +307,9 @@ def compare(results: Iterable[Result], baseline: str | None = None) -> Compariso
             remarks["The domains differ between runs: each mean is over the run's own."] = None
         groups.append(Group(settings=same, domains=tuple(domains), runs=tuple(runs)))
     notes = [*_notes(baseline, [run for group in groups for run in group.runs], varying), *remarks]
-    return Comparison(groups=tuple(groups), baseline=baseline, varying=varying, notes=tuple(notes))
+    return Comparison(
+        groups=tuple(groups), baseline=baseline, varying=varying, notes=tuple(notes), metrics=tuple(metrics)
+    )
 
 
 # ---------------------------------------------------------------------- what the runs are
@@ -403,6 +419,25 @@ def _cell(run: Run, column: str, group: Group) -> Text:
     best: list[str] = []
     text = _shown(run, column, group, lambda text: best.append(text) or text)  # type: ignore[func-returns-value]
     return Text(text, style="bold" if best else "")
+
+
+def _find_metric(result: Result, name: str) -> float | None:
+    """A metric by its dotted name; None where the run has none, or it is not defined."""
+    value: Any = result.metrics
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def _numbers(result: Result) -> list[str]:
+    return [name for name in result.metrics if _find_metric(result, name) is not None]
+
+
+def _metric(result: Result, name: str) -> str:
+    value = _find_metric(result, name)
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _heading(run: Run, varying: Sequence[str], group: Group) -> str:

@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from tta import curves
+from tta.predictions import Predictions
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = 1
-UNKNOWN = -1  # the label of a class that the source model does not know
 KEYS = ("schema", "method", "stream", "seed", "reset", "rows", "config", "manifest", "seconds", "skipped_updates")
-LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn", "tta-toolkit")
+MEASURED = ("images_per_second", "peak_memory_mb")  # metrics of the machine as much as of the run
+LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "scikit-learn", "tta-toolkit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,64 +52,6 @@ class Row:
         return 100.0 * self.errors / self.samples if self.samples else math.nan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Predictions:
-    """Every prediction of a run, in stream order. All arrays are int64 of shape (samples,).
-
-    Attributes:
-        domain: position in the result's rows.
-        index: number of the image in its source; the same image has the same number in every domain.
-        label: its class; -1 for an unknown class, which is left out of the errors.
-        prediction: the class predicted.
-    """
-
-    domain: Integers
-    index: Integers
-    label: Integers
-    prediction: Integers
-
-    def __post_init__(self) -> None:
-        for name in ("domain", "index", "label", "prediction"):
-            values = np.asarray(getattr(self, name))
-            if values.ndim != 1 or not (np.issubdtype(values.dtype, np.integer) or values.size == 0):
-                raise ValueError(f"{name}: expected integers of shape (samples,); got {values.dtype} {values.shape}.")
-            object.__setattr__(self, name, values.astype(np.int64))
-        if len({len(self.domain), len(self.index), len(self.label), len(self.prediction)}) > 1:
-            raise ValueError(
-                "Predictions need arrays of one length; got "
-                f"domain {len(self.domain)}, index {len(self.index)}, label {len(self.label)}, "
-                f"prediction {len(self.prediction)}."
-            )
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Predictions):
-            return NotImplemented
-        return all(np.array_equal(mine, theirs) for mine, theirs in zip(self._arrays(), other._arrays(), strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether each prediction is right, shape (samples,); never so for an unknown class."""
-        return (self.prediction == self.label) & self.known
-
-    @property
-    def known(self) -> NDArray[np.bool_]:
-        """Whether each sample has a class that can be scored, shape (samples,)."""
-        return self.label != UNKNOWN
-
-    def select(self, which: NDArray[Any]) -> "Predictions":
-        """The predictions at these positions (a mask or positions)."""
-        domain, index, label, prediction = (values[which] for values in self._arrays())
-        return Predictions(domain=domain, index=index, label=label, prediction=prediction)
-
-    def _arrays(self) -> tuple[Integers, Integers, Integers, Integers]:
-        return self.domain, self.index, self.label, self.prediction
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """What one run of a method on a stream found, with what would reproduce it.
@@ -125,6 +69,7 @@ class Result:
         manifest: what would reproduce the run: model, data, order, precision, device, versions.
         seconds: wall-clock time of the run, reading of images included.
         skipped_updates: updates left out because a loss or gradient was not finite.
+        metrics: what else was measured, see :func:`tta.evaluate`; empty in results of earlier versions.
         predictions: every single prediction; not compared, and saved beside the JSON.
 
     Raises:
@@ -140,12 +85,14 @@ class Result:
     manifest: Mapping[str, Any] = field(hash=False)
     seconds: float
     skipped_updates: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict, hash=False)
     predictions: Predictions | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "config", _plain(self.config))
         object.__setattr__(self, "manifest", _plain(self.manifest))
+        object.__setattr__(self, "metrics", _plain(self.metrics))
         names = [row.domain for row in self.rows]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"A result has one row a domain; repeated: {', '.join(repeated)}.")
@@ -186,6 +133,19 @@ class Result:
         """Samples scored, over all domains."""
         return sum(row.samples for row in self.rows)
 
+    @property
+    def curves(self) -> "pandas.DataFrame":
+        """The run batch by batch, a row a batch; the columns are those of :func:`tta.curves.per_batch`.
+
+        Raises:
+            ValueError: the predictions are not at hand, or are of an earlier version.
+        """
+        import pandas  # half a second, which only who looks at curves need wait for
+
+        if self.predictions is None:
+            raise ValueError("Curves are computed from the predictions, which this result lacks: keep predictions.npz.")
+        return pandas.DataFrame(curves.per_batch(self.predictions, [row.domain for row in self.rows]))
+
     def to_json(self) -> str:
         """The result without its predictions as a JSON object; ``null`` stands for an undefined error."""
         known = {
@@ -199,6 +159,7 @@ class Result:
             "samples": self.samples,
             "seconds": self.seconds,
             "skipped_updates": self.skipped_updates,
+            "metrics": self.metrics,
             "rows": [{"domain": row.domain, "samples": row.samples, "errors": row.errors} for row in self.rows],
             "config": self.config,
             "manifest": self.manifest,
@@ -229,12 +190,13 @@ class Result:
             rows = tuple(Row(**row) for row in found["rows"])
         except TypeError as error:
             raise ValueError(f"Not a result: a row has domain, samples and errors ({error}).") from None
-        return cls(rows=rows, **{key: found[key] for key in KEYS if key not in ("schema", "rows")})
+        fields = {key: found[key] for key in KEYS if key not in ("schema", "rows")}
+        return cls(rows=rows, metrics=found.get("metrics", {}), **fields)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``result.json``, and ``predictions.npz`` where there are predictions.
+        """Write ``result.json``, and where there are predictions ``predictions.npz`` and ``curves.parquet``.
 
-        Each file appears whole or not at all, ``result.json`` last.
+        The curves are what :attr:`curves` computes from the predictions, for other programs. Each file appears whole or not at all, ``result.json`` last.
 
         Args:
             folder: made where it does not exist; a result that is there is replaced.
@@ -244,12 +206,17 @@ class Result:
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        arrays, file = self.predictions, target / "predictions.npz"
-        if arrays is None:
-            file.unlink(missing_ok=True)
+        arrays, table = target / "predictions.npz", target / "curves.parquet"
+        columns: dict[str, Any] = {} if self.predictions is None else dict(self.predictions.columns())
+        if columns:
+            _write(arrays, lambda stream: np.savez_compressed(stream, **columns))
         else:
-            columns = {name: getattr(arrays, name) for name in ("domain", "index", "label", "prediction")}
-            _write(file, lambda stream: np.savez_compressed(stream, **columns))
+            arrays.unlink(missing_ok=True)
+        if self.predictions is not None and columns.keys() >= set(curves.NEEDED):
+            by_batch = curves.per_batch(self.predictions, [row.domain for row in self.rows])
+            _write(table, lambda stream: curves.write_parquet(by_batch, stream))
+        else:
+            table.unlink(missing_ok=True)
         text = self.to_json().encode()
         return _write(target / "result.json", lambda stream: stream.write(text))
 
@@ -330,9 +297,10 @@ def differences(a: Result, b: Result) -> dict[str, tuple[Any, Any]]:
 def _described(result: Result) -> dict[str, Any]:
     """What a result says, each thing once: how it came about, then what it found."""
     found = {"skipped_updates": result.skipped_updates, "mean_error": result.mean_error, "errors": result.errors}
+    metrics = {key: value for key, value in result.metrics.items() if key not in MEASURED}
     settings = {key: getattr(result, key) for key in ("method", "stream", "seed", "reset", "config")}
     rest = {key: value for key, value in result.manifest.items() if key not in settings}
-    return {**settings, "manifest": rest, **_plain(found)}
+    return {**settings, "manifest": rest, **_plain(found), "metrics": metrics}
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

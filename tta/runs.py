@@ -12,6 +12,7 @@ from typing import Any
 from tta import config
 
 BASELINE = "source"
+CALIBRATIONS = "runs/calibrations"  # where protocol ccc keeps what it measured
 
 
 @dataclasses.dataclass
@@ -29,6 +30,7 @@ class RunConfig:
     precision: str = "32-true"
     accelerator: str = "auto"
     num_workers: int = 0
+    clean: bool = False
 
 
 @dataclasses.dataclass
@@ -48,21 +50,45 @@ def make_stream(request: Request) -> Any:
     from tta.engine import reset_period
 
     defaults = config.load("stream", request.stream)
-    defaults.pop("models", None)
+    for of_run in ("models", "preset"):
+        defaults.pop(of_run, None)
     run = request.run
     if run.reset is not None:
         reset_period(run.reset)
     batch_size = run.batch_size or defaults.pop("batch_size", 64)
     defaults.pop("batch_size", None)
+    if run.protocol == "ccc":
+        defaults.pop("severity", None)  # its severities change
     settings = {**defaults, **request.stream_settings}
+    if run.protocol == "ccc" and "matrix" not in settings:
+        settings = {"cache": CALIBRATIONS, **_calibration(request), **settings}
     return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
 
 
-def make_adapters(request: Request) -> list[tuple[str, Any]]:
-    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
+def _calibration(request: Request) -> dict[str, Any]:
+    """What protocol ``ccc`` needs where it is given no matrix: a source model, which comes before the stream then."""
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
     import tta
 
-    models = {spec: tta.load_model(spec, checkpoint=request.run.checkpoint) for spec in model_specs(request)}
+    spec, console = model_specs(request)[0], Console(stderr=True)
+    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
+    if request.run.accelerator != "cpu" and torch.cuda.is_available():
+        model.cuda()
+    console.print(
+        f"No accuracy matrix given: calibrating on {spec}; the protocol is called ccc-style.", highlight=False
+    )
+
+    def progress(cells: Any) -> Any:
+        return track(cells, "calibrating", console=console, transient=True, disable=not console.is_terminal)
+
+    return {"model": model, "progress": progress}
+
+
+def make_adapters(models: dict[str, Any], request: Request) -> list[tuple[str, Any]]:
+    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
     made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
     for method in request.methods:
         if method != BASELINE:
@@ -72,6 +98,19 @@ def make_adapters(request: Request) -> list[tuple[str, Any]]:
         for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
             made[spec].insert(0, (BASELINE, make_adapter(models[spec], BASELINE, request)))
     return [pair for pairs in made.values() for pair in pairs]
+
+
+def load_models(request: Request, stream: Any) -> dict[str, Any]:
+    """The source models asked for, or those of the stream, by their specs."""
+    return {spec: load_model(spec, request, stream.classes) for spec in model_specs(request)}
+
+
+def load_model(spec: str, request: Request, classes: Any) -> Any:
+    """The model of a spec; it gives the logits of the stream's classes alone where they are some of a larger model's."""
+    import tta
+
+    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
+    return model if classes is None or classes.logits is None else model.select_logits(classes.logits, classes.of)
 
 
 def _on_first_supported(models: dict[str, Any], method: str, request: Request) -> tuple[str, Any]:
@@ -99,10 +138,11 @@ def model_specs(request: Request) -> list[str]:
 
 
 def _preset(method: str, request: Request) -> str | None:
-    """The preset asked for, else the one of the stream's name where the method has it."""
+    """The preset asked for, else the stream's, or the one of its name, where the method has it."""
     if request.run.preset:
         return request.run.preset
-    return request.stream if request.stream in config.load("method", method) else None
+    name = config.load("stream", request.stream).get("preset", request.stream)
+    return name if name in config.load("method", method) else None
 
 
 def make_adapter(model: Any, method: str, request: Request) -> Any:

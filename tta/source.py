@@ -125,6 +125,23 @@ def feature_moments(model: nn.Module, need: Need) -> Recorder:
     return {"mean": mean, "std": std}
 
 
+def token_moments(model: nn.Module, need: Need) -> Recorder:
+    """Mean and unbiased standard deviation of the class token at the layers named, over all images.
+
+    Returns:
+        ``mean`` and ``std``, (layers * width,).
+    """
+    kept: list[Tensor] = []
+    while (batch := (yield)) is not None:
+        with torch.no_grad():
+            kept.append(taps.class_tokens(model, need.layers, batch[0])[0])
+    features = torch.cat(kept)
+    if len(features) < 2:
+        raise ValueError(f"There are {len(features)} source images to take mean and std of; expected 2 or more.")
+    std, mean = torch.std_mean(features, dim=0)
+    return {"mean": mean, "std": std}
+
+
 def class_moments(model: nn.Module, need: Need) -> Recorder:
     """Mean feature of each class and the share of images it has; by the model's own predictions without labels.
 
@@ -172,7 +189,7 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
 
 
 KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
-    kind.__name__: kind for kind in (activation_moments, feature_moments, class_moments, fisher)
+    kind.__name__: kind for kind in (activation_moments, feature_moments, token_moments, class_moments, fisher)
 }
 
 

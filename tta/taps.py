@@ -4,15 +4,19 @@ Everything is found below any wrapping (an input normalisation, a module of your
 lives as long as its ``with`` block: no second pass, and nothing left behind in the model.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from tta import norms
+
+Part: TypeAlias = Literal["norm", "head", "features", "all"]
 TOKEN_PARTS = ("patch_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens", "embed_dim")
 
 
@@ -42,6 +46,25 @@ def head(model: nn.Module, name: str | None = None) -> str:
     if not linear:
         raise ValueError(f"{type(model).__name__} has no nn.Linear, so there are no features before a linear head.")
     return list(linear)[-1]
+
+
+def unfreeze(model: nn.Module, part: Part) -> None:
+    """Let one part of the model learn, and nothing else.
+
+    Args:
+        model: any classifier.
+        part: ``"norm"`` (the affine parameters of all normalisation layers), ``"head"`` (the final linear layer),
+            ``"features"`` (all but the head) or ``"all"``.
+
+    Raises:
+        ValueError: the model has no such part.
+    """
+    model.requires_grad_(part in ("features", "all"))
+    if part == "norm":
+        for layer in norms.layers(model):
+            layer.requires_grad_(True)
+    elif part != "all":
+        model.get_submodule(head(model)).requires_grad_(part == "head")
 
 
 @contextmanager
@@ -118,6 +141,37 @@ def vision_transformer(model: nn.Module) -> nn.Module:
         f"Looked for a timm VisionTransformer (a module with {', '.join(TOKEN_PARTS)}, without rotary embeddings), whose "
         f"tokens prompts can join; found {' > '.join(type(module).__name__ for module in found)}."
     )
+
+
+def random_tokens(vit: nn.Module, number: int, generator: torch.Generator) -> Tensor:
+    """Tokens (1, number, width) to start prompts from, uniform in the bounds that the patch embedding's size gives.
+
+    Jia et al., "Visual Prompt Tuning", ECCV 2022.
+    """
+    weight: Tensor = vit.patch_embed.proj.weight  # type: ignore[union-attr, assignment]
+    bound = math.sqrt(6 / (weight[0].numel() + weight.shape[0]))
+    return (2 * torch.rand(1, number, weight.shape[0], generator=generator) - 1) * bound
+
+
+def class_token_layers(model: nn.Module) -> tuple[str, ...]:
+    """Where the class token shows what each block of a timm ViT gave: the norms between the blocks, and the head.
+
+    Raises:
+        ValueError: no timm ``VisionTransformer``, or one without a class token.
+    """
+    vit = vision_transformer(model)
+    if not vit.num_prefix_tokens:
+        raise ValueError(f"{type(vit).__name__} has no class token, whose statistics are asked for.")
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is vit)
+    blocks = range(1, len(vit.blocks))  # type: ignore[arg-type]
+    return (*(f"{prefix}blocks.{number}.norm1" for number in blocks), head(model))
+
+
+def class_tokens(model: nn.Module, layers: Sequence[str], images: Tensor) -> tuple[Tensor, Any]:
+    """Class tokens (batch, layers * width), float32, at the :func:`class_token_layers`, and the model's output."""
+    with activations(model, layers[:-1], lambda tokens: tokens[:, 0]) as seen, inputs(model, layers[-1]) as features:
+        output = model(images)
+    return torch.cat([*seen.values(), features[-1]], dim=1).float(), output
 
 
 @contextmanager

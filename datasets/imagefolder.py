@@ -1,0 +1,177 @@
+"""``imagefolder`` and ``imagefolder-c``: a folder of your own, as it is or corrupted on the fly."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tta.datasets.corruptions import CORRUPTIONS
+from tta.datasets.domains import UNKNOWN, Classes
+from tta.datasets.files import (
+    CorruptedFiles,
+    FileImages,
+    FileList,
+    Geometry,
+    data_folder,
+    list_flat,
+    list_images,
+    some,
+    subfolders,
+)
+from tta.datasets.imagenet_classes import WNIDS
+
+ClassMap = str | Path | Mapping[str, int | None] | None
+
+
+def domains(
+    *,
+    root: str | Path | None = None,
+    domains: Sequence[str] | None = None,
+    labels: bool = True,
+    class_map: ClassMap = None,
+    mask: bool = True,
+    resize: int | None = 256,
+    crop: int | None = 224,
+    squash: bool = False,
+    by_class: bool = False,
+    samples: int | None = None,
+    on_error: str = "raise",
+    seed: int = 0,
+) -> list[FileImages]:
+    """The images of ``root/CLASS/*.jpg``, or of ``root/DOMAIN/CLASS/*.jpg`` for each of the domains named.
+
+    Pictures of any size and of every kind that torchvision's ``ImageFolder`` reads. They are shuffled, always in the
+    same way: a folder has no order but that of its classes, which would ruin batch statistics.
+
+    Args:
+        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        domains: folders inside it, in order of arrival, each with the same class folders; left out, one domain.
+        labels: false: the images' classes are unknown, their folders mean nothing; nothing is scored then.
+        class_map: which output of the model each class folder is. Left out: the first folder is output 0, and so on, and
+            the model has as many. ``"imagenet"``: folders are named by WordNet ids (n01440764), outputs are those of
+            ImageNet-1k. A mapping, or a JSON file with one, from folder names to outputs; null for a class that the
+            model does not know: its images arrive, and are left out of the errors.
+        mask: with ``class_map``, the model is to answer with one of the folder's classes alone, as published for
+            ImageNet-R. False: any of its outputs may be the answer, as in deployment.
+        resize: pixels of the shorter side, null to keep the size.
+        crop: side of the square taken from the middle, null for all of the picture.
+        squash: resize both sides to ``resize``.
+        by_class: class by class instead of shuffled.
+        samples: only the first so many images of each domain.
+        on_error: a file that cannot be decoded is an error (``"raise"``) when it comes, or is left out (``"skip"``): all
+            files are then decoded once beforehand to know them, and the manifest names them.
+        seed: not used; nothing is drawn.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+        ValueError: domains of different classes, a class that ``class_map`` does not name, or a setting out of range.
+    """
+    folder = data_folder(root)
+    geometry = Geometry(resize, crop, squash)
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is 'raise' or 'skip'; got {on_error!r}.")
+    parts = [(folder.resolve().name, folder)] if domains is None else [(name, folder / name) for name in domains]
+    names = subfolders(parts[0][1]) if labels else []
+    if labels and not names:
+        raise FileNotFoundError(
+            f"'{parts[0][1]}' holds no class folders: expected CLASS/IMAGE. For a folder of images alone, to be predicted and "
+            "not scored, say labels=false."
+        )
+    numbers, classes = numbered(names, class_map, mask)
+    made = []
+    for name, place in parts:
+        if not place.is_dir():
+            raise FileNotFoundError(f"There is no folder '{place}'. '{folder}' holds {some(subfolders(folder))}.")
+        files = list_images(place, names, numbers) if labels else list_flat(place)
+        if labels and domains is None and all(file.count(b"/") > 1 for file in files.names.tolist()):
+            raise ValueError(
+                f"The images of '{place}' lie two folders deep. If the outer ones ({some(names)}) are domains, name those "
+                f"you want: domains=[{', '.join(names[:2])}]."
+            )
+        one = FileImages(name, place, _arranged(files, by_class).first(samples), geometry, classes=classes)
+        made.append(one.without_unreadable() if on_error == "skip" else one)
+    return made
+
+
+def corrupted(
+    *,
+    root: str | Path | None = None,
+    severity: int = 5,
+    corruptions: Sequence[str] = CORRUPTIONS,
+    recipe: str = "imagenet",
+    class_map: ClassMap = None,
+    mask: bool = True,
+    resize: int | None = 256,
+    crop: int | None = 224,
+    squash: bool = False,
+    by_class: bool = False,
+    samples: int | None = None,
+    on_error: str = "raise",
+    seed: int = 0,
+) -> list[CorruptedFiles]:
+    """The images of ``root/CLASS/*.jpg``, once for each corruption, resized and cropped before they are corrupted.
+
+    As ImageNet-C was made (Hendrycks & Dietterich, ICLR 2019), but for two things: the draws are ours, and the published
+    images went through JPEG compression of quality 85 once more. ``tta corrupt`` writes such a copy to the disk.
+
+    Args:
+        severity: 1 to 5.
+        corruptions: which, and in which order; those to tune on too.
+        recipe: ``"imagenet"``, for images of about 224 pixels, or ``"cifar"``, for about 32.
+        seed: of the draws.
+        root, class_map, mask, resize, crop, squash, by_class, samples, on_error: as for ``imagefolder``.
+
+    Raises:
+        ValueError: as ``imagefolder``; an unknown corruption, severity or recipe.
+    """
+    (clean,) = domains(
+        root=root,
+        class_map=class_map,
+        mask=mask,
+        resize=resize,
+        crop=crop,
+        squash=squash,
+        by_class=by_class,
+        samples=samples,
+        on_error=on_error,
+    )
+    clean.name = "clean"
+    return [CorruptedFiles(name, clean, severity=severity, seed=seed, recipe=recipe) for name in corruptions]
+
+
+def numbered(folders: Sequence[str], class_map: ClassMap, mask: bool) -> tuple[list[int], Classes | None]:
+    """The label of each class folder, and what the labels count; see :func:`domains`.
+
+    Raises:
+        ValueError: a folder that the map does not name, or a map that is none.
+    """
+    if class_map is None:
+        return list(range(len(folders))), Classes(len(folders)) if folders else None
+    known = _read_map(class_map)
+    if absent := [name for name in folders if name not in known]:
+        raise ValueError(
+            f"class_map does not name {len(absent)} of the {len(folders)} class folders: {some(absent)}. Give each the number "
+            "of an output of the model, or null for a class it does not know."
+        )
+    outputs = [known[name] for name in folders]
+    of = len(WNIDS) if class_map == "imagenet" else None
+    used = sorted({output for output in outputs if output is not None})
+    if not mask or used == list(range(of or 0)):
+        return [UNKNOWN if output is None else output for output in outputs], Classes(of) if of else None
+    place = {output: number for number, output in enumerate(used)}
+    labels = [UNKNOWN if output is None else place[output] for output in outputs]
+    return labels, Classes(len(used), tuple(used), of)
+
+
+def _read_map(class_map: str | Path | Mapping[str, int | None]) -> Mapping[str, int | None]:
+    if class_map == "imagenet":
+        return {wnid: number for number, wnid in enumerate(WNIDS)}
+    read = class_map if isinstance(class_map, Mapping) else json.loads(Path(class_map).read_text(encoding="utf-8"))
+    if not isinstance(read, Mapping) or not all(v is None or (isinstance(v, int) and v >= 0) for v in read.values()):
+        raise ValueError(
+            f"class_map is 'imagenet', or maps folder names to outputs of the model (0, 1, ...) or null; got {class_map!r}."
+        )
+    return {str(name): output for name, output in read.items()}
+
+
+def _arranged(files: FileList, by_class: bool) -> FileList:
+    return files if by_class else files.shuffled()

@@ -1,0 +1,135 @@
+"""Checkpoints: weights from a file into a network, and what to say when they do not fit."""
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tta import taps
+
+WRAPPINGS = ("state_dict", "model", "net")
+# Under these names wrapped networks save the constants of their input normalisation.
+NORMALISATION = (("mu", "sigma"), ("normalize.mean", "normalize.std"), ("mean", "std"))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a ``.safetensors`` or torch file holds, ``state_dict`` / ``model`` / ``net`` wrappings taken off.
+
+    No code in the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read (truncated, a web page instead of weights), or holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at '{path}'.")
+    with path.open("rb") as file:
+        if file.read(64).lstrip().startswith(b"<"):
+            raise ValueError(f"'{path}' is a web page, not a checkpoint: its download was answered by an error page.")
+    try:
+        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"'{path}' holds more than weights ({_first_line(error)}). If you trust its author, convert it once: "
+            f"torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)."
+        ) from None
+    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"'{path}' cannot be read as a checkpoint: it has {path.stat().st_size} bytes and may be truncated "
+            f"({_first_line(error)})."
+        ) from None
+    for wrapping in WRAPPINGS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapping), Mapping):
+            state = state[wrapping]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = ", ".join(map(str, list(state)[:10])) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"'{path}' holds no weights by name, bare or under {', '.join(map(repr, WRAPPINGS))}; it holds: {found}."
+        )
+    return dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[float]] | None:
+    """Load a checkpoint into a network, prefixes such as ``module.`` taken off.
+
+    Returns:
+        mean and std of the input normalisation, where the checkpoint brings them along, else None.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or names are missing or unexpected, or shapes differ; they are listed.
+    """
+    own = model.state_dict()
+    state = {key.removeprefix("module."): value for key, value in read(path).items()}
+    normalisation = None
+    for pair in NORMALISATION:
+        if all(key in state and key not in own for key in pair):
+            mean, std = (state.pop(key).flatten().float().tolist() for key in pair)
+            normalisation = mean, std
+    state = _aligned(state, own)
+    wrong = {
+        "missing": sorted(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
+        "unexpected": sorted(key for key in state if key not in own),
+        "of another shape": sorted(
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        ),
+    }
+    if any(wrong.values()):
+        lines = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys]
+        hint = "" if wrong["missing"] or wrong["unexpected"] else _other_classes(model, state)
+        raise ValueError(f"The checkpoint '{path}' does not fit {type(model).__name__}. " + " ".join(lines) + hint)
+    model.load_state_dict(state, strict=False)  # num_batches_tracked alone may be absent: nothing reads it in eval()
+    return normalisation
+
+
+def _aligned(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with names that begin as the network's own do: a prefix that all names share comes off, or goes on."""
+    ours = _first_parts(own)
+    shorter = state
+    while shorter and not ours & _first_parts(shorter):
+        if not _share_prefix(shorter):
+            break
+        shorter = {key.partition(".")[2]: value for key, value in shorter.items()}
+    else:
+        return shorter
+    if _share_prefix(own):
+        return {f"{next(iter(ours))}.{key}": value for key, value in state.items()}
+    return state
+
+
+def _first_parts(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def _share_prefix(names: Iterable[str]) -> bool:
+    return len(_first_parts(names)) == 1 and all("." in name for name in names)
+
+
+def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """A hint where the checkpoint's classifier has another number of classes than the network's."""
+    own = model.state_dict()
+    differing = {key for key in own if key in state and state[key].shape != own[key].shape}
+    try:
+        head = taps.head(model)
+    except ValueError:
+        return ""
+    if not differing <= {f"{head}.weight", f"{head}.bias"}:
+        return ""
+    given, expected = (len(weights[f"{head}.weight"]) for weights in (state, own))
+    return f" It is for {given} classes, the network is for {expected}: num_classes={given} makes one for {given}."
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:10]) + (f", and {len(keys) - 10} more." if len(keys) > 10 else ".")

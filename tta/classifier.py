@@ -1,0 +1,105 @@
+"""A network with its input normalisation: images in [0, 1] go in, mean and standard deviation are applied once."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of networks that take [0, 1] as it is
+
+
+class ImageClassifier(nn.Module):
+    """A network with its input normalisation: images (batch, 3, height, width) in [0, 1] -> logits (batch, classes).
+
+    Args:
+        model: the network on normalised images.
+        mean: per channel, of images in [0, 1].
+        std: per channel.
+        spec: what :func:`tta.load_model` was asked for, for the manifest.
+        input_size: height and width the network was trained on, where known.
+        interpolation: how images were resized for the published numbers (``"bilinear"``, ``"bicubic"``), where known.
+        resize: pixels of the shorter side after that, where known.
+        crop: what followed: ``"center"`` cuts ``input_size`` out of the middle, ``"squash"`` resized both sides.
+        clean_error: what these weights are published with, %, on clean test images of what they were trained on.
+
+    Attributes:
+        preprocessing: all of the above that concerns the input, as plain values, for the manifest.
+    """
+
+    mean: Tensor
+    std: Tensor
+    selection: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        spec: str,
+        input_size: Sequence[int] | None,
+        *,
+        interpolation: str | None = None,
+        resize: int | None = None,
+        crop: str | None = None,
+        clean_error: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.clean_error = clean_error
+        self.preprocessing: dict[str, Any] = {
+            "input_size": None if input_size is None else list(input_size),
+            "interpolation": interpolation,
+            "resize": resize,
+            "crop": crop,
+        }
+        self.register_buffer("selection", None)
+        self.normalise_by(mean, std)
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Use this mean and standard deviation, three numbers each, and record them.
+
+        Raises:
+            ValueError: not three numbers, or a standard deviation that is not above 0.
+        """
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"mean and std are three numbers each, for images in [0, 1], std above 0; got mean={list(mean)}, "
+                f"std={list(std)}."
+            )
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.preprocessing |= {"mean": list(mean), "std": list(std)}
+
+    def select_logits(self, logits: Sequence[int], of: int | None = None) -> "ImageClassifier":
+        """Give these of the network's logits alone, in this order, from now on: what adaptation sees are they.
+
+        So ImageNet-A and ImageNet-R are scored (Hendrycks et al., CVPR and ICCV 2021). The selection is part of the
+        model's fingerprint.
+
+        Args:
+            logits: which, as :attr:`tta.datasets.stream.Stream.classes` tells them.
+            of: how many the network gives, where they mean nothing for another number.
+
+        Raises:
+            ValueError: fewer than two, one twice or below 0. A network without them all says so when it is called.
+        """
+        if len(set(logits)) < max(2, len(logits)) or min(logits) < 0:
+            raise ValueError(f"logits are two or more different outputs of the network, 0 or more; got {list(logits)}.")
+        self.register_buffer("selection", torch.tensor(logits))
+        self._outputs = (max(logits) + 1, math.inf) if of is None else (of, of)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model((images - self.mean) / self.std)
+        if self.selection is None:
+            return logits
+        fewest, most = self._outputs
+        if not fewest <= logits.shape[1] <= most:
+            wanted = f"{fewest}" if fewest == most else f"{fewest} or more"
+            raise ValueError(f"Selected are outputs of a network with {wanted}; '{self.spec}' has {logits.shape[1]}.")
+        return logits[:, self.selection]

@@ -1,0 +1,105 @@
+"""Every single prediction of a run, as columns in stream order: what all its numbers are computed from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Scores = NDArray[np.floating[Any]]
+
+UNKNOWN = -1  # the label of a class that the source model does not know
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictions:
+    """Every prediction of a run, in stream order. All arrays have shape (samples,); the first five are int64.
+
+    Those behind ``prediction`` may be None: results of earlier versions were saved without them.
+
+    Attributes:
+        domain: position in the result's rows.
+        index: number of the image in its source; the same image has the same number in every domain.
+        label: its class; -1 for an unknown class, which is left out of the errors.
+        prediction: the class predicted.
+        batch: number of the batch it arrived in.
+        seconds: from the start of the run to the logits of its batch.
+        confidence: the highest probability.
+        entropy: of the predicted distribution, in nats.
+        nll: minus the log-probability of the label; NaN for an unknown class.
+        brier: squared distance of the probabilities to the label's; NaN for an unknown class.
+        outlier_score: the method's own, higher = more likely an unknown class; None where it gives none.
+    """
+
+    domain: Integers
+    index: Integers
+    label: Integers
+    prediction: Integers
+    batch: Integers | None = None
+    seconds: Floats | None = None
+    confidence: Scores | None = None
+    entropy: Scores | None = None
+    nll: Scores | None = None
+    brier: Scores | None = None
+    outlier_score: Scores | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("domain", "index", "label", "prediction", "batch"):
+            if getattr(self, name) is None:
+                continue
+            values = np.asarray(getattr(self, name))
+            if values.ndim != 1 or not (np.issubdtype(values.dtype, np.integer) or values.size == 0):
+                raise ValueError(f"{name}: expected integers of shape (samples,); got {values.dtype} {values.shape}.")
+            object.__setattr__(self, name, values.astype(np.int64))
+        lengths = {name: len(values) for name, values in self.columns()}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"Predictions need arrays of one length; got {told}.")
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Predictions):
+            return NotImplemented
+        mine, theirs = dict(self.columns()), dict(other.columns())
+        return mine.keys() == theirs.keys() and all(
+            np.array_equal(values, theirs[name], equal_nan=values.dtype.kind == "f") for name, values in mine.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each prediction is right, shape (samples,); never so for an unknown class."""
+        return (self.prediction == self.label) & self.known
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Whether each sample has a class that can be scored, shape (samples,)."""
+        return self.label != UNKNOWN
+
+    def columns(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """The arrays that there are, by name."""
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if values is not None:
+                yield field.name, values
+
+    def column(self, name: str) -> NDArray[Any]:
+        """The array of this name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        values = getattr(self, name)
+        if values is None:
+            raise ValueError(f"These predictions were kept without '{name}'; those of tta.evaluate have it. Run again.")
+        return values
+
+    def select(self, which: NDArray[Any]) -> "Predictions":
+        """The predictions at these positions (a mask or positions)."""
+        return Predictions(**{name: values[which] for name, values in self.columns()})
