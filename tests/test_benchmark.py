@@ -90,8 +90,10 @@ def test_what_does_not_exist_is_said_before_anything_runs(change, message):
 
 
 def test_settings_reach_into_the_description():
+    described = {**TINY, "grid": {"tent": {"steps": [3]}}}
     settings = {"stream.samples": 5, "protocol.shuffle": True, "tent.lr": 0.5, "grid.tent.steps": [1, 2], "seeds": [3]}
-    found = benchmark.in_order(benchmark.entries(benchmark.load(TINY, settings)))
+    found = benchmark.in_order(benchmark.entries(benchmark.load(described, settings)))
+    assert described == {**TINY, "grid": {"tent": {"steps": [3]}}}
     assert {(cell.seed, cell.stream_settings["samples"], cell.stream_settings["shuffle"]) for cell in found} == {
         (3, 5, True)
     }

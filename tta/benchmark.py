@@ -1,5 +1,6 @@
 """Benchmarks: a description in YAML becomes a grid of cells, the cells are run wherever there is room, a table sums them up."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -104,7 +105,7 @@ def load(what: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | Non
 
 def _described(what: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(what, Mapping):
-        return {"name": "benchmark", **what}
+        return {"name": "benchmark", **copy.deepcopy(dict(what))}
     file = Path(what)
     if file.suffix not in (".yaml", ".yml"):
         found = config.load(FOLDER, str(what))

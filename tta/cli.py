@@ -30,6 +30,7 @@ from tta import config, runs
 
 STREAM = "digits-c"
 CLEAN_IMAGES = 256  # that a source model predicts before the run
+FORMATS = ("terminal", "markdown", "latex", "csv", "html")
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
@@ -161,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/NAME)")
         command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of this machine (default: 1)")
         command.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto, or local for one of this machine")
-        command.add_argument("--format", default="terminal", help="of the table, as in `tta table`")
+        command.add_argument("--format", default="terminal", choices=FORMATS, help="of the table")
 
     source = commands.add_parser(
         "source",
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv, html")
+    table.add_argument("--format", default="terminal", help=", ".join(FORMATS))
     table.add_argument(
         "--metrics",
         type=lambda names: names.split(","),
