@@ -42,7 +42,7 @@ def test_dependencies_are_the_libraries_imported() -> None:
                     imported.add(node.module.split(".")[0])
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    needs = [*project["dependencies"], *extras["plot"], *extras["hf"]]
+    needs = [*project["dependencies"], *extras["plot"], *extras["hf"], *extras["ray"]]
     declared = {need.partition(">=")[0] for need in needs}
     assert {IMPORTED_AS.get(name, name) for name in declared} == imported - sys.stdlib_module_names - {"tta"}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tta.adapter import Adapter, Config, OptimizerConfig, Output
+    from tta.benchmark import bench, tune
     from tta.datasets.catalog import stream
     from tta.engine import evaluate
     from tta.methods import adapt
@@ -28,12 +29,14 @@ _HOME = {
     "Result": ("tta.results", "Result"),
     "SourceStatistics": ("tta.source", "SourceStatistics"),
     "adapt": ("tta.methods", "adapt"),
+    "bench": ("tta.benchmark", "bench"),
     "compare": ("tta.report", "compare"),
     "evaluate": ("tta.engine", "evaluate"),
     "list_methods": ("tta.methods", "available"),
     "load_model": ("tta.models", "load_model"),
     "preflight": ("tta.sanity", "preflight"),
     "stream": ("tta.datasets.catalog", "stream"),
+    "tune": ("tta.benchmark", "tune"),
 }
 _PACKAGES = ("configs", "datasets", "methods")
 
@@ -45,12 +48,14 @@ __all__ = [
     "Result",
     "SourceStatistics",
     "adapt",
+    "bench",
     "compare",
     "evaluate",
     "list_methods",
     "load_model",
     "preflight",
     "stream",
+    "tune",
 ]
 
 

@@ -1,8 +1,7 @@
-"""The ``tta`` command: run, source, corrupt, table, diff, plot, list, download. Exit codes: 0 done, 2 usage error, 1 failed run."""
+"""The ``tta`` command: run, bench, tune, source, corrupt, table, diff, plot, list, download. Exit codes: 0 done, 2 usage error, 1 failed run."""
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import sys
 import warnings
@@ -27,12 +26,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from tta import config
+from tta import config, runs
 
 STREAM = "digits-c"
-BASELINE = "source"
-CALIBRATIONS = "runs/calibrations"  # where protocol ccc keeps what it measured
 CLEAN_IMAGES = 256  # that a source model predicts before the run
+FORMATS = ("terminal", "markdown", "latex", "csv", "html")
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
@@ -70,38 +68,31 @@ settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a
 example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
 """
 
+BENCH_HELP = """\
+Run a benchmark: methods x models x streams x protocols x seeds, each a cell of its own. Stopped at any moment, the same command
+goes on where it was; a cell that failed stands in the table with its reason and is tried again the next time.
+
+NAME|FILE:  one of `tta list benchmarks`, or a .yaml file of your own
+settings:   methods=[source,tent] seeds=[0,1]   replaces a list of the file
+            stream.samples=100                  all streams; protocol.delta=0.1 all protocols
+            tent.lr=1e-3 grid.lr=[1e-3,5e-4]    one method; every method that has the key, a row for each value
+example:    tta bench ttab-mini --jobs 2
+            tta table runs/ttab-mini --format latex
+"""
+
+TUNE_HELP = """\
+Run a grid for each method and select hyper-parameters from it: with test labels (marked as oracle), with those of the validation
+corruptions alone, and without labels. Resumable as `tta bench` is.
+
+words:      one of `tta list benchmarks` or a .yaml file; or a stream and methods
+settings:   as in `tta bench`; select=[validation,entropy] chooses the ways, grid.lr=[1e-2,1e-3] what is searched
+ways:       episodic-oracle, online-last (both look at test labels), validation, entropy, consistency
+example:    tta tune digits-c source tent sar seeds=[0,1,2] stream.samples=100 --jobs 2
+"""
+
 
 class UsageError(ValueError):
     """The user asked for something that does not exist."""
-
-
-@dataclasses.dataclass
-class RunConfig:
-    """Settings of a run that belong to no single method or stream."""
-
-    model: str | None = None
-    checkpoint: str | None = None
-    source: str | None = None
-    preset: str | None = None
-    protocol: str = "continual"
-    reset: str | None = None
-    seed: int = 0
-    batch_size: int | None = None
-    precision: str = "32-true"
-    accelerator: str = "auto"
-    num_workers: int = 0
-    clean: bool = False
-
-
-@dataclasses.dataclass
-class Request:
-    """A run as the command line asked for it."""
-
-    stream: str
-    methods: list[str]
-    run: RunConfig
-    stream_settings: dict[str, Any]
-    hparams: dict[str, dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,6 +138,32 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/<date and time>)")
     run.set_defaults(action=_run)
 
+    bench = commands.add_parser(
+        "bench",
+        parents=[common],
+        help="run a benchmark, resumable, print its table",
+        description=BENCH_HELP,
+        formatter_class=raw,
+    )
+    bench.add_argument("name", metavar="NAME|FILE")
+    bench.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    bench.set_defaults(action=_bench)
+
+    tune = commands.add_parser(
+        "tune",
+        parents=[common],
+        help="select hyper-parameters, with and without labels",
+        description=TUNE_HELP,
+        formatter_class=raw,
+    )
+    tune.add_argument("words", nargs="+", metavar="NAME|FILE|STREAM|METHOD|KEY=VALUE")
+    tune.set_defaults(action=_tune)
+    for command in (bench, tune):
+        command.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/NAME)")
+        command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of this machine (default: 1)")
+        command.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto, or local for one of this machine")
+        command.add_argument("--format", default="terminal", choices=FORMATS, help="of the table")
+
     source = commands.add_parser(
         "source",
         parents=[common],
@@ -175,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 
     table = commands.add_parser("table", parents=[common], help="compare results on disk")
     table.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    table.add_argument("--format", default="terminal", help="terminal, markdown, latex, csv, html")
+    table.add_argument("--format", default="terminal", help=", ".join(FORMATS))
     table.add_argument(
         "--metrics",
         type=lambda names: names.split(","),
@@ -186,7 +203,13 @@ def _parser() -> argparse.ArgumentParser:
     table.set_defaults(action=_table)
 
     diff = commands.add_parser("diff", parents=[common], help="name the fields in which two results differ")
-    diff.add_argument("results", nargs=2, type=Path, metavar="RESULT", help="a folder with a result.json, or the file")
+    diff.add_argument(
+        "results",
+        nargs=2,
+        type=Path,
+        metavar="RESULT",
+        help="a folder with a result.json, or the file; the second may be published:NAME",
+    )
     diff.set_defaults(action=_diff)
 
     plot = commands.add_parser("plot", parents=[common], help="draw what arrives when")
@@ -221,12 +244,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     with _usage():
         request = parse_request(arguments.words)
-        stream = _make_stream(request)
+        stream = runs.make_stream(request)
         clean = stream.clean() if request.run.clean else None
-        models = {spec: _load_model(spec, request, stream.classes) for spec in _model_specs(request)}
-        adapters = _make_adapters(models, request)
+        models = runs.load_models(request, stream)
+        adapters = runs.make_adapters(models, request)
 
-    _keep_freed_memory()
+    runs.keep_freed_memory()
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     console = Console(stderr=True)
     console.print(
@@ -240,17 +263,7 @@ def _run(arguments: argparse.Namespace) -> int:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
         preset = f" (preset {adapter.preset})" if adapter.preset else ""
         console.print(f"{name} on {adapter.model.spec}{preset}: {settings}", highlight=False, markup=False)
-        run = request.run
-        result = tta.evaluate(
-            adapter,
-            stream,
-            reset=run.reset,
-            precision=run.precision,
-            accelerator=run.accelerator,
-            num_workers=run.num_workers,
-            clean=clean,
-            progress=console.is_terminal,
-        )
+        result = runs.evaluate(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
         folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
         result.save(folder)
         results.append(result)
@@ -259,20 +272,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of a batch for the next one (up to 1 GB) instead of handing it back to the system.
-
-    Handed back, it is taken again page by page: 4 000 page faults a batch of 200 through the embedded CNN, which then
-    takes 1.7 times as long. Elsewhere than on glibc nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)  # the largest that glibc takes
-
-
-def parse_request(words: Sequence[str]) -> Request:
+def parse_request(words: Sequence[str]) -> runs.Request:
     """Sort the words of ``tta run`` into stream, methods and settings, each checked by name and type.
 
     Raises:
@@ -288,7 +288,7 @@ def parse_request(words: Sequence[str]) -> Request:
     if len(streams) > 1:
         raise UsageError(f"One run is on one stream; got {', '.join(streams)}.")
     for name in chosen:
-        if name not in methods.available():
+        if not methods.is_known(name):
             known = [*catalog.STREAMS, *methods.available()]
             raise UsageError(
                 f"'{name}' is neither a stream nor a method.{config.nearest(name, known)} "
@@ -300,7 +300,7 @@ def parse_request(words: Sequence[str]) -> Request:
     chosen = chosen or list(METHODS)
 
     keys = {name: [f.name for f in dataclasses.fields(config_class(methods.find(name)))] for name in chosen}  # type: ignore[arg-type]
-    of_run = [field.name for field in dataclasses.fields(RunConfig)]
+    of_run = [field.name for field in dataclasses.fields(runs.RunConfig)]
     protocols = [word.partition("=")[2] for word in words if word.partition("=")[0] in ("protocol", "stream.protocol")]
     of_stream = catalog.stream_settings(stream, *protocols[-1:])
     run: dict[str, Any] = {}
@@ -340,47 +340,7 @@ def parse_request(words: Sequence[str]) -> Request:
             )
     if run.get("reset") is not None:
         run["reset"] = str(run["reset"])
-    return Request(stream, chosen, config.build(RunConfig, run), stream_settings, hparams)
-
-
-def _make_stream(request: Request) -> Any:
-    import tta
-    from tta.engine import reset_period
-
-    defaults = config.load("stream", request.stream)
-    for of_run in ("models", "preset"):
-        defaults.pop(of_run, None)
-    run = request.run
-    if run.reset is not None:
-        reset_period(run.reset)
-    batch_size = run.batch_size or defaults.pop("batch_size", 64)
-    defaults.pop("batch_size", None)
-    if run.protocol == "ccc":
-        defaults.pop("severity", None)  # its severities change
-    settings = {**defaults, **request.stream_settings}
-    if run.protocol == "ccc" and "matrix" not in settings:
-        settings = {"cache": CALIBRATIONS, **_calibration(request), **settings}
-    return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
-
-
-def _calibration(request: Request) -> dict[str, Any]:
-    """What protocol ``ccc`` needs where it is given no matrix: a source model, which comes before the stream then."""
-    import torch
-
-    import tta
-
-    spec, console = _model_specs(request)[0], Console(stderr=True)
-    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
-    if request.run.accelerator != "cpu" and torch.cuda.is_available():
-        model.cuda()
-    console.print(
-        f"No accuracy matrix given: calibrating on {spec}; the protocol is called ccc-style.", highlight=False
-    )
-
-    def progress(cells: Any) -> Any:
-        return track(cells, "calibrating", console=console, transient=True, disable=not console.is_terminal)
-
-    return {"model": model, "progress": progress}
+    return runs.Request(stream, chosen, config.build(runs.RunConfig, run), stream_settings, hparams)
 
 
 def _preflight(stream: Any, models: list[Any], console: Console, run_on_gpu: bool) -> None:
@@ -401,80 +361,6 @@ def _preflight(stream: Any, models: list[Any], console: Console, run_on_gpu: boo
         )
 
 
-def _make_adapters(models: dict[str, Any], request: Request) -> list[tuple[str, Any]]:
-    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
-    made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
-    for method in request.methods:
-        if method != BASELINE:
-            spec, adapter = _on_first_supported(models, method, request)
-            made[spec].append((method, adapter))
-    if BASELINE in request.methods:
-        for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
-            made[spec].insert(0, (BASELINE, _make_adapter(models[spec], BASELINE, request)))
-    return [pair for pairs in made.values() for pair in pairs]
-
-
-def _load_model(spec: str, request: Request, classes: Any) -> Any:
-    """The model of a spec; it gives the logits of the stream's classes alone where they are some of a larger model's."""
-    import tta
-
-    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
-    return model if classes is None or classes.logits is None else model.select_logits(classes.logits, classes.of)
-
-
-def _on_first_supported(models: dict[str, Any], method: str, request: Request) -> tuple[str, Any]:
-    refusals = []
-    for spec, model in models.items():
-        try:
-            return spec, _make_adapter(model, method, request)
-        except config.ConfigError:
-            raise
-        except ValueError as refusal:
-            refusals.append(refusal)
-    raise refusals[0]
-
-
-def _model_specs(request: Request) -> list[str]:
-    """The model asked for, else those of the stream, the first of which a method supports is its own."""
-    if request.run.model:
-        return [request.run.model]
-    models = config.load("stream", request.stream).get("models")
-    if not models:
-        raise UsageError(f"Stream '{request.stream}' has no model of its own: name one, such as model=timm:resnet50.")
-    return list(models)
-
-
-def _preset(method: str, request: Request) -> str | None:
-    """The preset asked for, else the stream's, or the one of its name, where the method has it."""
-    if request.run.preset:
-        return request.run.preset
-    name = config.load("stream", request.stream).get("preset", request.stream)
-    return name if name in config.load("method", method) else None
-
-
-def _make_adapter(model: Any, method: str, request: Request) -> Any:
-    import tta
-
-    source = _source_images(model, request) if _source_needs(model, method, request) else None
-    return tta.adapt(model, method, source=source, preset=_preset(method, request), **request.hparams[method])
-
-
-def _source_needs(model: Any, method: str, request: Request) -> list[Any]:
-    from tta.methods import source_needs
-
-    return source_needs(model, method, preset=_preset(method, request), **request.hparams[method])
-
-
-def _source_images(model: Any, request: Request) -> Any:
-    """What ``source=`` names, a file or a folder, else the stream's own source images."""
-    from tta.datasets import catalog
-
-    given = request.run.source
-    if given is not None and not Path(given).is_dir():
-        return given
-    return catalog.source_images(given or request.stream, model.preprocessing["input_size"])
-
-
 def _free(folder: Path) -> Path:
     """The folder, or its first numbered sibling that holds no result yet: nothing is overwritten."""
     number, free = 1, folder
@@ -493,6 +379,68 @@ def _usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+# ---------------------------------------------------------------------- bench, tune
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from tta import benchmark
+
+    with _usage():
+        described = benchmark.load(arguments.name, _key_values(arguments.words))
+    return _run_benchmark(described, arguments)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from tta import benchmark
+    from tta.selection import WAYS
+
+    names = [word for word in arguments.words if "=" not in word]
+    settings = _key_values([word for word in arguments.words if "=" in word])
+    with _usage():
+        if len(names) == 1 and (names[0] in benchmark.available() or names[0].endswith((".yaml", ".yml"))):
+            described = benchmark.load(names[0], settings)
+        else:
+            request = parse_request(names)
+            words = {"name": f"tune-{request.stream}", "methods": request.methods, "streams": [request.stream]}
+            described = benchmark.load(words, settings)
+    described.select = described.select or list(WAYS)
+    return _run_benchmark(described, arguments)
+
+
+def _key_values(words: Sequence[str]) -> dict[str, Any]:
+    strange = next((word for word in words if "=" not in word), None)
+    if strange is not None:
+        raise UsageError(f"'{strange}' is no setting: expected KEY=VALUE.")
+    return {key: config.parse(text) for key, _, text in (word.partition("=") for word in words)}
+
+
+def _run_benchmark(described: Any, arguments: argparse.Namespace) -> int:
+    from tta import benchmark
+    from tta.cells import Failure
+
+    console = Console(stderr=True)
+    out = arguments.out or Path("runs") / described.name
+    with _usage():
+        rows = benchmark.entries(described)
+
+    def report(cell: Any, outcome: Any, done: int, total: int) -> None:
+        found = f"failed: {outcome.reason}" if isinstance(outcome, Failure) else f"{outcome.mean_error:.1f} %"
+        console.print(f"[{done}/{total}] {cell.name}: {found}", highlight=False, markup=False, soft_wrap=True)
+
+    console.print(f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}", highlight=False, markup=False)
+    summary = benchmark.run(described, rows, out, jobs=arguments.jobs, ray=arguments.ray, report=report)
+    _print_table(summary, arguments.format)
+    console.print(f"Results: {out}", highlight=False)
+    return 1 if summary.problems else 0
+
+
+def _print_table(table: Any, kind: str) -> None:
+    if kind == "terminal":
+        Console().print(table)
+    else:
+        print(table.format(kind), end="")
+
+
 # ---------------------------------------------------------------------- source
 
 
@@ -507,10 +455,10 @@ def _source(arguments: argparse.Namespace) -> int:
         request = parse_request([*of_stream, *arguments.words])
         if request.stream_settings:
             raise UsageError(f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none.")
-        model = _load_model(arguments.model, request, catalog.classes_of(request.stream))
+        model = runs.load_model(arguments.model, request, catalog.classes_of(request.stream))
         needs: list[Any] = []
         for name in request.methods:
-            needs += [need for need in _source_needs(model, name, request) if need not in needs]
+            needs += [need for need in runs.source_needs(model, name, request) if need not in needs]
         if not needs:
             raise UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
         size: Any = model.preprocessing["input_size"]
@@ -563,23 +511,29 @@ def _corrupt(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> int:
     import tta
+    from tta import benchmark
     from tta.results import find_results
 
     with _usage():
-        comparison = tta.compare(find_results(arguments.folders), metrics=arguments.metrics)
-        if arguments.format == "terminal":
-            Console().print(comparison)
+        if len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file():
+            _print_table(benchmark.table(arguments.folders[0]), arguments.format)
         else:
-            print(comparison.format(arguments.format))
+            comparison = tta.compare(find_results(arguments.folders), metrics=arguments.metrics)
+            _print_table(comparison, arguments.format)
     return 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:
+    from tta import published
     from tta.results import Result, differences
 
+    one, other = map(str, arguments.results)
+    prefix, _, name = other.partition(":")
     with _usage():
-        first, second = (Result.load(path) for path in arguments.results)
-    found = differences(first, second)
+        if prefix == "published":
+            found = published.differences(Result.load(one), name)
+        else:
+            found = differences(Result.load(one), Result.load(other))
     if not found:
         print("The two results agree in every field.")
         return 0
@@ -598,7 +552,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     from tta import plots
 
     with _usage():
-        stream = _make_stream(parse_request(arguments.words))
+        stream = runs.make_stream(parse_request(arguments.words))
         plots.save(plots.schedule(stream), arguments.out)
     print(arguments.out)
     return 0
@@ -702,10 +656,24 @@ def _protocols() -> list[tuple[str, str]]:
     return [(name, protocol.line) for name, protocol in catalog.PROTOCOLS.items()]
 
 
+def _benchmarks() -> list[tuple[str, str]]:
+    from tta import benchmark
+
+    return list(benchmark.available().items())
+
+
+def _published() -> list[tuple[str, str]]:
+    from tta import published
+
+    return list(published.available().items())
+
+
 LISTINGS = {
     "methods": _methods,
     "streams": _streams,
     "models": _models,
     "corruptions": _corruptions,
     "protocols": _protocols,
+    "benchmarks": _benchmarks,
+    "published": _published,
 }

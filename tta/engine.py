@@ -50,6 +50,7 @@ def evaluate(
     precision: str = "32-true",
     num_workers: int = 0,
     clean: Stream | None = None,
+    oracle_steps: int = 0,
 ) -> Result:
     """Online error of an adapter on a stream: every sample predicted once, when it arrives.
 
@@ -70,6 +71,9 @@ def evaluate(
         num_workers: processes that read ahead.
         clean: the source domain, such as ``stream.clean()``, predicted before and after the run without learning: how
             much the adapter forgets.
+        oracle_steps: above 0, each batch is learned from so many times, predicted after each, and the best counts, as its
+            labels tell (most right, then the lowest cross-entropy); the adapter goes on from there. No deployment can:
+            it is the oracle of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023. The adapter sees no label.
 
     Returns:
         The errors per domain, with a manifest of what would reproduce them. ``result.metrics`` holds, beside
@@ -81,7 +85,7 @@ def evaluate(
         * ``source_error_before``, ``source_error_after``: in percent, with ``clean``.
 
     Raises:
-        ValueError: an unknown reset or cost, or a precision that is not supported.
+        ValueError: an unknown reset or cost, a precision that is not supported, or ``oracle_steps`` below 0.
     """
     if precision not in PRECISIONS:
         raise ValueError(
@@ -93,6 +97,7 @@ def evaluate(
         reset=stream.reset if reset is None else reset,
         cost=stream.cost if cost is None else cost,
         paused=stream.paused,
+        oracle_steps=oracle_steps,
     )
     device = adapter.device
     forgetting = [] if clean is None else [SourceError(clean, num_workers)]
@@ -131,6 +136,7 @@ def evaluate(
         "source_statistics": adapter.source_statistics,
         "data": stream.describe(),
         **({} if clean is None else {"clean": clean.describe()}),
+        **({"oracle_steps": oracle_steps} if oracle_steps else {}),
         "reset": module.reset,
         "cost": module.cost,
         "paused_batches": module.paused_batches,
@@ -219,6 +225,7 @@ class OnlineModule(pl.LightningModule):
         reset: as in :func:`tta.evaluate`.
         cost: as in :func:`tta.evaluate`.
         paused: for each batch whether it is predicted without learning; empty where all are learned from.
+        oracle_steps: as in :func:`tta.evaluate`.
     """
 
     def __init__(
@@ -228,8 +235,11 @@ class OnlineModule(pl.LightningModule):
         reset: str | int = "never",
         cost: float | str = 1.0,
         paused: Sequence[bool] = (),
+        oracle_steps: int = 0,
     ) -> None:
         super().__init__()
+        if oracle_steps < 0:
+            raise ValueError(f"oracle_steps is a number of steps a batch, 0 for no oracle; got {oracle_steps}.")
         if cost != "measured" and (isinstance(cost, str) or not 1 <= cost < math.inf):
             raise ValueError(f"cost is a number of batches, 1 or more, or 'measured'; got {cost!r}.")
         self.adapter = adapter
@@ -238,6 +248,7 @@ class OnlineModule(pl.LightningModule):
         self.paused_batches = 0
         self._margin = MARGIN if cost == "measured" else 0.0
         self._paused = paused
+        self._oracle_steps = oracle_steps
         self.seconds = 0.0
         self.device_name = "cpu"
         self.finish: Callable[[Batch], Batch] | None = None  # what remains to be done to images once they are here
@@ -355,7 +366,30 @@ class OnlineModule(pl.LightningModule):
             self.paused_batches += 1
             with self.adapter.paused():
                 return self.adapter.step(batch.images)
-        return self.adapter.step(batch.images)
+        return self._best_of_steps(batch) if self._oracle_steps else self.adapter.step(batch.images)
+
+    def _best_of_steps(self, batch: Batch) -> Output:
+        """The prediction after the best of some steps on one batch, as its labels tell; the adapter goes on from there."""
+        best: tuple[float, float] | None = None
+        for number in range(self._oracle_steps):
+            self.adapter.step(batch.images)
+            with self.adapter.paused():
+                output = self.adapter.step(batch.images)
+            worth = _worth(output.logits.cpu(), batch.labels)
+            if best is None or worth > best:
+                best, found, chosen, state = worth, output, number, self.adapter.state_dict()
+        if chosen < self._oracle_steps - 1:
+            self.adapter.load_state_dict(state)
+        return found
+
+
+def _worth(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """How many predictions are right, then minus the sum of their cross-entropies; over known classes."""
+    known = labels != UNKNOWN
+    logits, labels = logits[known], labels[known]
+    return float((logits.argmax(1) == labels).sum()), -float(
+        nn.functional.cross_entropy(logits, labels, reduction="sum")
+    )
 
 
 class AdaptCallback(Callback):
@@ -432,6 +466,32 @@ class SourceError(Callback):
                 record.add(batch, pl_module.adapter.step(to_float(batch.images.to(pl_module.device))))
         wrong, known = record.wrong_and_known()
         return 100.0 * wrong / known if known else math.nan
+
+
+class Consistency(Callback):
+    """Share of images in percent that are predicted alike as they are and shifted, by the adapter after each batch.
+
+    Labels are not looked at. The shift is the weak augmentation that keeps every class of image what it is (a flip does
+    not): by a sixteenth of the image to the right and down, edges reflected. Learns nothing and leaves the run as it was.
+    """
+
+    def __init__(self) -> None:
+        self._alike: list[Tensor] = []
+
+    @property
+    def percent(self) -> float:
+        """Over the run so far; NaN before it. Waits for the device."""
+        return 100.0 * float(torch.cat(self._alike).float().mean()) if self._alike else math.nan
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
+        adapter, images = pl_module.adapter, batch.images
+        by = max(1, images.shape[-1] // 16)
+        shifted = nn.functional.pad(images, (by, 0, by, 0), mode="reflect")[..., : images.shape[-2], : images.shape[-1]]
+        pl_module.passes.detach()
+        with isolate_rng(), adapter.paused(), trainer.precision_plugin.forward_context():
+            seen, moved = (adapter.step(view).logits.argmax(1) for view in (images, shifted))
+        pl_module.passes.attach(adapter)
+        self._alike.append(seen == moved)
 
 
 class OnlineProgress(ProgressBar):

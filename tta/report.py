@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from tta import tables
 from tta.intervals import Interval, compare_errors
 from tta.results import Result
 
@@ -20,29 +21,6 @@ if TYPE_CHECKING:
 
 BASELINE = "source"
 MEAN = "mean"
-
-# The names that the papers' tables use.
-SHORT = {
-    "gaussian_noise": "gauss",
-    "shot_noise": "shot",
-    "impulse_noise": "impul",
-    "defocus_blur": "defoc",
-    "glass_blur": "glass",
-    "motion_blur": "motn",
-    "zoom_blur": "zoom",
-    "snow": "snow",
-    "frost": "frost",
-    "fog": "fog",
-    "brightness": "brit",
-    "contrast": "contr",
-    "elastic_transform": "elast",
-    "pixelate": "pixel",
-    "jpeg_compression": "jpeg",
-    "speckle_noise": "speck",
-    "gaussian_blur": "gblur",
-    "spatter": "spatt",
-    "saturate": "satur",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +46,8 @@ class Run:
         if self.difference is None:
             return "-"
         if self.interval is None:
-            return _signed(self.difference)
-        return f"{_signed(self.difference)} [{_signed(self.interval.low)}, {_signed(self.interval.high)}]"
+            return tables.signed(self.difference)
+        return f"{tables.signed(self.difference)} [{tables.signed(self.interval.low)}, {tables.signed(self.interval.high)}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +67,7 @@ class Group:
     def best(self, column: str) -> str | None:
         """The lowest error in a column as the tables show it; None where there is nothing to choose from."""
         values = [value for run in self.runs if (value := _error(run, column)) is not None]
-        return _number(min(values)) if len(values) > 1 else None
+        return tables.number(min(values)) if len(values) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +119,7 @@ class Comparison:
             + ["--:"] * len(self.metrics)
         )
         rows = [row for group in self.groups for row in self._rows(group, "**{}**".format)]
-        lines = [_markdown_row(row) for row in [self._short_header(), align, *rows]]
+        lines = [tables.markdown_row(row) for row in [self._short_header(), align, *rows]]
         return "\n".join([*lines, "", *self.notes]).strip() + "\n"
 
     def to_html(self) -> str:
@@ -158,7 +136,7 @@ class Comparison:
         columns = "l" * (len(self.varying) + 1) + "r" * (len(self.domains) + 1) + "l" * (self.baseline is not None)
         columns += "r" * len(self.metrics)
         blocks = [
-            "\n".join(_latex_row(row) for row in self._rows(group, "\\textbf{{{}}}".format, _latex))
+            "\n".join(tables.latex_row(row) for row in self._rows(group, "\\textbf{{{}}}".format, tables.latex))
             for group in self.groups
         ]
         return "\n".join(
@@ -166,7 +144,7 @@ class Comparison:
                 *(f"% {note}" for note in self.notes),
                 f"\\begin{{tabular}}{{{columns}}}",
                 "\\toprule",
-                _latex_row([_latex(name) for name in self._short_header()]),
+                tables.latex_row([tables.latex(name) for name in self._short_header()]),
                 "\\midrule",
                 "\n\\midrule\n".join(blocks),
                 "\\bottomrule",
@@ -248,7 +226,7 @@ class Comparison:
             yield [*names, *errors, *([run.versus()] if self.baseline else []), *metrics]
 
     def _short_header(self) -> list[str]:
-        return [*self.varying, "method", *_shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
+        return [*self.varying, "method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
 
     def _header(self) -> list[str]:
         interval = ["difference", "low", "high"] if self.baseline else []
@@ -432,7 +410,7 @@ def _error(run: Run, column: str) -> float | None:
 
 def _shown(run: Run, column: str, group: Group, bold: Callable[[str], str]) -> str:
     value = _error(run, column)
-    text = "-" if value is None else _number(value)
+    text = "-" if value is None else tables.number(value)
     # What is shown decides: two equal numbers of which one is bold would look like a mistake.
     return bold(text) if value is not None and text == group.best(column) else text
 
@@ -466,41 +444,3 @@ def _heading(run: Run, varying: Sequence[str], group: Group) -> str:
     """The label, one setting a line; what all runs of the group share stands in the title instead."""
     method, *config = run.label.split(" ")
     return "\n".join([method, *config, *(f"{k}={run.settings[k]}" for k in varying if k not in group.settings)])
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
-
-
-def _shortened(domains: Sequence[str]) -> list[str]:
-    """The papers' short names of the corruptions; the names as they are where two would become one."""
-    short = [SHORT.get(domain, domain) for domain in domains]
-    return short if len(set(short)) == len(short) else list(domains)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-LATEX = {
-    "_": "\\_",
-    "%": "\\%",
-    "&": "\\&",
-    "#": "\\#",
-    "$": "\\$",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-}
-
-
-def _latex(text: str) -> str:
-    return "".join(LATEX.get(letter, letter) for letter in text)
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + " \\\\"

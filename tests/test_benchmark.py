@@ -1,0 +1,244 @@
+"""Benchmarks: what a description becomes, cells on disk, resuming after a kill, workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import tta
+from tta import benchmark, cells, workers
+from tta.cells import Cell, Failure
+from tta.cli import main
+from tta.config import ConfigError
+from tta.results import Result, Row
+
+TINY = {
+    "name": "tiny",
+    "methods": ["source", "norm", "tent"],
+    "streams": {"digits-c": {"samples": 20, "corruptions": ["fog", "contrast"]}},
+    "models": ["digits-cnn"],
+    "seeds": [0, 1],
+}
+
+
+def result(method="tent", seed=0, errors=(1, 2), **changes):
+    rows = tuple(Row(domain=name, samples=10, errors=n) for name, n in zip(("fog", "snow"), errors, strict=True))
+    fields = {"config": {}, "manifest": {}, "seconds": 1.0, "stream": "digits-c", "reset": "never"}
+    return Result(method=method, seed=seed, rows=rows, **{**fields, **changes})
+
+
+def names(described):
+    return [cell.name for cell in benchmark.in_order(benchmark.entries(benchmark.load(described)))]
+
+
+def test_a_description_becomes_the_same_cells_every_time():
+    described = {**TINY, "protocols": {"continual": {}, "correlated": {"delta": 0.1}}, "grid": {"lr": [1e-3, 5e-3]}}
+    found = names(described)
+    assert found == names(described)
+    assert len(found) == len(set(found)) == 2 * 2 * (2 + 2)  # protocols, seeds; source, norm, tent twice
+    assert all(name.startswith("digits-c_") for name in found)
+    one = Cell(method="tent", stream="digits-c", hparams={"lr": 0.001}, model="timm:vit/x", accelerator="cpu")
+    assert one.name == Cell(method="tent", stream="digits-c", hparams={"lr": 0.001}, model="timm:vit/x").name
+    assert one.name == "digits-c_continual_timm-vit-x_tent_lr=0.001_seed0_" + one.name[-8:]
+
+
+def test_lists_and_dictionaries_say_the_same_and_numbers_are_numbers():
+    words = {**TINY, "methods": {"source": None, "norm": {}, "tent": {"lr": "1e-3"}}}
+    assert names(words) == names({**TINY, "methods": {"source": {}, "norm": {}, "tent": {"lr": 0.001}}})
+    assert names(words) != names(TINY)
+
+
+def test_an_axis_is_what_was_asked_for_and_no_more():
+    assert list(benchmark.load({**TINY, "protocols": ["mixed"]}).protocols) == ["mixed"]
+    assert list(benchmark.load(TINY).protocols) == ["continual"]
+
+
+def test_cells_of_one_stream_follow_one_another():
+    seeds = [name.split("_seed")[1][0] for name in names(TINY)]
+    assert seeds == ["0"] * 3 + ["1"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["tnet"]}, "No method 'tnet'. Did you mean 'tent'"),
+        ({"streams": ["digits"]}, "No stream 'digits'. Did you mean 'digits-c'"),
+        ({"protocols": ["continul"]}, "No protocol 'continul'. Did you mean 'continual'"),
+        ({"models": ["digits-cn"]}, "No model 'digits-cn'. Did you mean 'digits-cnn'"),
+        ({"models": {"digits-cnn": {"chekpoint": "x"}}}, "Did you mean 'checkpoint'"),
+        ({"streams": {"digits-c": {"sevrity": 3}}}, "Did you mean 'severity'"),
+        ({"protocols": {"correlated": {"detla": 1}}}, "Did you mean 'delta'"),
+        ({"methods": {"tent": {"lrr": 1}}}, "Key 'lrr' not in 'TentConfig'. Did you mean 'lr'"),
+        ({"methods": {"tent": {"lr": "fast"}}}, "'fast' of type 'str' could not be converted"),
+        ({"grid": {"lrr": [1]}}, "Did you mean 'lr'"),
+        ({"grid": {"lr": 0.1}}, "expected a list of values for 'lr'"),
+        ({"seeds": ["one"]}, "seeds"),
+        ({"seeds": []}, "needs methods, streams and seeds"),
+        ({"presets": ["cifar"]}, "has a preset 'cifar'"),
+        ({"select": ["oracle"]}, "No way of selection 'oracle'"),
+        ({"columns": "method"}, "There are: domain, stream"),
+        ({"sedes": [0]}, "Did you mean 'seeds'"),
+    ],
+)
+def test_what_does_not_exist_is_said_before_anything_runs(change, message):
+    with pytest.raises(ConfigError, match=message):
+        benchmark.entries(benchmark.load({**TINY, **change}))
+
+
+def test_settings_reach_into_the_description():
+    described = {**TINY, "grid": {"tent": {"steps": [3]}}}
+    settings = {"stream.samples": 5, "protocol.shuffle": True, "tent.lr": 0.5, "grid.tent.steps": [1, 2], "seeds": [3]}
+    found = benchmark.in_order(benchmark.entries(benchmark.load(described, settings)))
+    assert described == {**TINY, "grid": {"tent": {"steps": [3]}}}
+    assert {(cell.seed, cell.stream_settings["samples"], cell.stream_settings["shuffle"]) for cell in found} == {
+        (3, 5, True)
+    }
+    assert [dict(cell.hparams) for cell in found if cell.method == "tent"] == [
+        {"lr": 0.5, "steps": 1},
+        {"lr": 0.5, "steps": 2},
+    ]
+    with pytest.raises(ConfigError, match=r"'norn' is not in this benchmark. Did you mean 'norm'"):
+        benchmark.load(TINY, {"norn.alpha": 0.1})
+
+
+@pytest.mark.parametrize("name", benchmark.available())
+def test_benchmarks_of_the_toolkit_are_valid(name):
+    assert benchmark.available()[name]
+    assert names(name)
+
+
+def test_a_cell_is_finished_when_its_result_is_whole_and_its_description_the_same(tmp_path):
+    cell = Cell(method="tent", stream="digits-c")
+    assert cells.read(tmp_path, cell) is None
+    cells.write(tmp_path, cell, Failure("no luck", "where"))
+    assert cells.read(tmp_path, cell) == Failure("no luck", "where")
+    cells.write(tmp_path, cell, result())
+    assert cells.read(tmp_path, cell) == result()
+    cells.write(tmp_path, cell, result(errors=(0, 0)))
+    assert cells.read(tmp_path, cell) == result()  # what is finished stays
+    (home,) = tmp_path.iterdir()  # and nothing lies about
+    (home / "result.json").write_text((home / "result.json").read_text()[:50])
+    assert cells.read(tmp_path, cell) is None  # half-written: to be run again
+    cells.write(tmp_path, cell, result())
+    told = json.loads((home / "cell.json").read_text())
+    (home / "cell.json").write_text(json.dumps({**told, "seed": 5}))
+    assert cells.read(tmp_path, cell) is None
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    cell = Cell(method="tent", stream="digits-c")
+    left_over = tmp_path / f".{cell.name}.12345"
+    left_over.mkdir()
+    cells.write(tmp_path, cell, result())
+    assert [path.name for path in tmp_path.iterdir()] == [cell.name]
+
+
+def test_one_failed_cell_stops_no_other_and_is_tried_again(tmp_path, monkeypatch):
+    ran = []
+
+    def run_cell(cell):
+        ran.append(cell.name)
+        fails = cell.method == "norm" and cell.seed == 1 and len(ran) < 7
+        return Failure("no luck") if fails else result(cell.method, cell.seed)
+
+    monkeypatch.setattr(cells, "run_cell", run_cell)
+    summary = tta.bench(TINY, out=tmp_path)
+    assert len(ran) == 6
+    assert summary.problems == ("Failed (no luck): norm on digits-c, continual, seed 1.",)
+    assert len(tta.bench(TINY, out=tmp_path).problems) == 0
+    assert len(ran) == 7
+    assert "norm" in ran[-1]
+    assert benchmark.table(tmp_path) == tta.bench(TINY, out=tmp_path)
+    assert len(ran) == 7
+
+
+def test_an_error_inside_a_cell_is_an_outcome():
+    found = cells.run_cell(Cell(method="dpcore", stream="digits-c", model="digits-cnn", stream_settings={"samples": 5}))
+    assert isinstance(found, Failure)
+    assert "VisionTransformer" in found.reason
+    assert "Traceback" in found.traceback
+
+
+def test_killed_half_way_a_benchmark_goes_on_where_it_was(tmp_path, capsys):
+    file, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    file.write_text(json.dumps(TINY))  # JSON is YAML
+    command = [sys.executable, "-m", "tta", "bench", str(file), "--out", str(out)]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not list(out.glob("cells/[!.]*/result.json")):
+        time.sleep(0.01)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("cells/[!.]*/result.json")}
+    assert 1 <= len(finished) < 6
+
+    assert main(["table", str(out)]) == 0
+    assert "Not run yet" in capsys.readouterr().out
+    assert main(["bench", str(file), "--out", str(out), "--format", "csv"]) == 0
+    resumed = capsys.readouterr()
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert resumed.err.count("%") == 6 - len(finished)
+    assert main(["bench", str(file), "--out", str(tmp_path / "whole"), "--format", "csv"]) == 0
+    assert capsys.readouterr().out == resumed.out
+
+
+def test_processes_give_every_outcome_though_one_dies():
+    tasks = [
+        "1 + 1",
+        "__import__('os')._exit(3)",
+        "2 + 2",
+        "(x for x in '')",
+        "__import__('os').environ['OMP_NUM_THREADS']",
+    ]
+    found = dict(workers.in_processes(eval, tasks, jobs=2))
+    assert [found[tasks[0]], found[tasks[2]]] == [2, 4]
+    assert found[tasks[1]] == Failure(workers.DIED)
+    assert "pickle" in found[tasks[3]].reason  # an outcome that cannot be sent
+    assert int(found[tasks[4]]) >= 1
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    task = (
+        f"open({str(tmp_path)!r} + '/' + str(__import__('os').getpid()), 'w').close() or __import__('time').sleep(60)"
+    )
+    code = f"from tta import workers; list(workers.in_processes(eval, [{task!r}] * 2, 2))"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    while parent.poll() is None and len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    deadline = time.monotonic() + 20
+    while any(_is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(pids) == 2
+    assert not any(_is_alive(pid) for pid in pids)
+
+
+def _is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_without_ray_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'tta-toolkit\[ray\]'"):
+        list(workers.over_ray(eval, ["1"], "local"))
+    with pytest.raises(ConfigError, match="Ray decides"):
+        tta.bench(TINY, jobs=2, ray="local")
+
+
+def test_command_line_lists_refuses_and_shows(tmp_path, capsys):
+    assert main(["list", "benchmarks"]) == 0
+    assert "ttab-mini" in capsys.readouterr().out
+    assert main(["bench", "ttab-mni", "--out", str(tmp_path / "x")]) == 2
+    assert "No benchmark 'ttab-mni'. Did you mean 'ttab-mini'" in capsys.readouterr().err
+    assert main(["bench", "ttab-mini", "seeds", "--out", str(tmp_path / "x")]) == 2
+    assert "expected KEY=VALUE" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
