@@ -269,8 +269,9 @@ Written by `python benchmarks/methods_table.py`, and what `tta list methods` pri
   the option whose documentation tells what the released code does.
 """
 PARITY = """\
-The same settings give the logits that the paper's released code, or where the test says so a community's, computed on a
-small stream (`tests/test_golden*.py`). A method without such logits is not known to equal any released code."""
+With the same settings the paper's released code, or where the test says so a community's, gave the same logits on a small
+stream: `tests/test_golden*.py` compare them and say how closely. A method without a golden key was compared with no
+released code."""
 
 
 def declared(method: str) -> dict[str, Any]:
@@ -318,7 +319,7 @@ def page(facts: dict[str, dict[str, Any]]) -> str:
 
 def _held_by(method: str) -> str:
     own = ROOT / "tests" / f"test_{method}.py"
-    return f"held by `tests/{own.name}` alone" if own.exists() else "and no test of its own"
+    return f"tested by `tests/{own.name}` alone" if own.exists() else "and no test of its own"
 
 
 def load() -> dict[str, dict[str, Any]]:
