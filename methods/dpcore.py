@@ -26,8 +26,8 @@ class DPCoreConfig(OptimizerConfig):
             overwritten by every batch (no slow moving average, as elsewhere).
         lambda_: weight of the distance between standard deviations.
         source_samples: source images whose features count, the first so many; None for all given.
-        source_filter: leave out source images with a predicted entropy above so many nats; None for none. The released
-            code uses ln(1000) / 2 - 1 = 2.454 (and random prompts while it filters).
+        source_filter: leave out source images with a predicted entropy above so many nats; None for none, ``2.454``
+            (ln(1000) / 2 - 1) in the released code, which has random prompts while it filters.
         source_batch_size: source images a batch; it does not change the statistics.
         initial_prompts: (1, num_prompts, width), that every new domain starts from; None draws them.
         capacity: elements the coreset holds. A new one then takes the place of that with the statistics nearest to it.

@@ -32,11 +32,11 @@ class LabelShiftConfig(Config):
 class LabelShift(Adapter):
     """Add to the logits how much more frequent a class is in the stream than it was in the source.
 
-    The correction of Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities", Neural
-    Computation 2002, with a moving average of the predictions for the stream's frequencies. It is the baseline of the
-    label shift adapter (Park et al., "Label Shift Adapter for Test-Time Adaptation under Covariate and Label Shifts",
-    ICCV 2023), whose trained network is not here. On a stream in the order of its classes the average follows the
-    present class, which looks like a large gain.
+    The correction of Saerens et al., "Adjusting the Outputs of a Classifier to New a Priori Probabilities: A Simple
+    Procedure", Neural Computation 2002, with a moving average of the predictions for the stream's frequencies. It is
+    the baseline of the label shift adapter (Park et al., "Label Shift Adapter for Test-Time Adaptation under Covariate
+    and Label Shifts", ICCV 2023), whose trained network is not here. On a stream in the order of its classes the
+    average follows the present class, which looks like a large gain.
 
     ``source=`` gives source images, whose predicted classes stand for the source's frequencies.
     """

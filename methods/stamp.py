@@ -26,8 +26,8 @@ class STAMPConfig(OptimizerConfig):
         consistent: remember only samples of which the source model, under the batch's statistics, predicts the same
             class.
         rho: radius of the sharpness-aware step.
-        schedule: batches over which the learning rate falls to 0 along a cosine, to rise again over as many, as in the
-            released code; None for a constant one.
+        schedule: batches over which the learning rate falls to 0 along a cosine, to rise again over as many: ``150``
+            in the released code; None for a constant one.
         weights: what the weights of the samples sum to: their number, ``"samples"``, or ``"capacity"`` as in the released
             code, which takes larger steps while the memory fills.
         exclude: parts of the names of modules that are not adapted, as published for ResNets and ViT-B.

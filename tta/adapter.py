@@ -33,7 +33,7 @@ class OptimizerConfig(Config):
         momentum: SGD only.
         betas: Adam and AdamW only.
         weight_decay: as the optimizer defines it (decoupled in AdamW).
-        nesterov: SGD only; released code differs in this, and a first step differs by a factor of 1.9.
+        nesterov: SGD only; programs differ in this, and a first step differs by a factor of 1.9.
         steps: optimizer steps a batch.
     """
 

@@ -615,7 +615,21 @@ def _extent(archive: Any) -> str:
 def _methods() -> list[tuple[str, str]]:
     from tta import methods
 
-    return [(name, (methods.find(name).__doc__ or "").strip().splitlines()[0]) for name in methods.available()]
+    table = config.load(".", "methods")
+    known = {name: _lines_of(facts) for name, facts in table.items()}
+    return [
+        (name, known[name] if name in known else (methods.find(name).__doc__ or "").strip().splitlines()[0])
+        for name in methods.available()
+    ]
+
+
+def _lines_of(facts: dict[str, Any]) -> str:
+    """What ``benchmarks/methods_table.py`` found out about a method."""
+    needs = [f"source: {facts['source']}", f"batch: {facts['batch']}", f"models: {', '.join(facts['models'])}"]
+    passes = f"{facts['forwards']:g} forward, {facts['backwards']:g} backward an image"
+    parity = "golden parity" if facts["golden"] else "no golden key"
+    released = [f"as released: {', '.join(facts['released'])}"] if facts["released"] else []
+    return "\n".join([facts["about"], *facts["papers"], " · ".join([*needs, passes, parity]), *released])
 
 
 def _streams() -> list[tuple[str, str]]:
