@@ -5,8 +5,10 @@
 
 The frozen forward is the same model in eval(), float32, channels first, no gradient, on the same batch. The two run in
 turn, round after round, and each round gives a ratio; the medians are the numbers to quote. The released code of the
-papers, measured so on 2 cores: norm 1.4, tent 1.8, eata 1.95, sar 4.0, actmad 3.5, rotta 12.6, cotta 105. Ratios rise on
-a machine that does something else meanwhile: a step waits more for memory than a forward does.
+papers, measured so on 2 cores of another machine: norm 1.4, tent 1.8, eata 1.95, sar 4.0, actmad 3.5, rotta 12.6, cotta
+105. How much of a ratio is the machine's shows the column "plain": the method written down without any trick (`plain.py`),
+a step of it in the same rounds. Ratios rise on a machine that does something else meanwhile: a step waits more for memory
+than a forward does.
 
 Memory is the peak of what PyTorch allocates from building the adapter (its copy of the model included) through three
 steps, less the peak of the frozen forward. On a GPU that is the allocator's own count; on a CPU it is summed from the
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from plain import STEPS  # beside this file
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -123,7 +126,9 @@ def main() -> None:
         except (TypeError, ValueError) as error:
             refused[method] = str(error)
     adapters = {method: build(model, method, images) for method in batches}
+    plain = {method: STEPS[method](model, images) for method in batches if method in STEPS}
     ratios: dict[str, list[float]] = {method: [] for method in batches}
+    of_plain: dict[str, list[float]] = {method: [] for method in plain}
     milliseconds: dict[str, list[float]] = {method: [] for method in batches}
     for round_number in range(arguments.rounds + 1):
         for method, x in batches.items():
@@ -132,6 +137,10 @@ def main() -> None:
             if round_number:  # the first round warms up
                 ratios[method].append(step / forward)
                 milliseconds[method].append(1e3 * step)
+            if method in plain:
+                took = seconds(lambda method=method, x=x: plain[method](x), device)
+                if round_number:
+                    of_plain[method].append(took / forward)
 
     table = Table(
         title=f"{arguments.model or 'ResNet-20'}, {device}, {arguments.threads} threads, {arguments.rounds} rounds"
@@ -143,6 +152,7 @@ def main() -> None:
         "x frozen forward",
         "lowest",
         "highest",
+        "plain",
         "released code",
         "MB above it",
     ):
@@ -155,6 +165,7 @@ def main() -> None:
             f"{statistics.median(values):.2f}",
             f"{min(values):.2f}",
             f"{max(values):.2f}",
+            f"{statistics.median(of_plain[method]):.2f}" if method in plain else "",
             str(RELEASED.get(method, "")),
             f"{memory[method] / 1e6:.1f}",
         )

@@ -21,12 +21,25 @@ def available() -> list[str]:
     return sorted(own | set(metadata.entry_points(group=ENTRY_POINTS).names))
 
 
+def is_known(name: str) -> bool:
+    """Whether there is a method of this name, or one that wraps another (``gala:tent``)."""
+    return all(part in available() for part in name.split(":"))
+
+
 def find(name: str) -> type[Adapter]:
     """The class of a method: the one ``Adapter`` subclass that its file defines.
 
+    ``gala:tent`` is what the function ``wrap`` of the first method's file makes of the class of the second.
+
     Raises:
-        ConfigError: no method of that name; the nearest one is offered.
+        ConfigError: no method of that name; the nearest one is offered. Or the first method wraps no other.
     """
+    outer, colon, inner = name.partition(":")
+    if colon:
+        module = import_module(find(outer).__module__)
+        if not hasattr(module, "wrap"):
+            raise config.ConfigError(f"'{outer}' wraps no other method: there is no '{name}'.")
+        return module.wrap(find(inner))
     if name not in available():
         raise config.ConfigError(
             f"No method '{name}'.{config.nearest(name, available())} There are: {', '.join(available())}."
@@ -99,11 +112,14 @@ def _configured(
     kind = find(method) if isinstance(method, str) else method
     if not (inspect.isclass(kind) and issubclass(kind, Adapter)):
         raise TypeError(f"method is the name of a method or a subclass of tta.Adapter; got {method!r}.")
-    settings = config.preset(kind.__module__.rpartition(".")[2], preset) if isinstance(preset, str) else preset or {}
+    presets = (getattr(kind, "wrapped", None) or kind).__module__.rpartition(".")[2]
+    settings = config.preset(presets, preset) if isinstance(preset, str) else preset or {}
     return kind, config.build(config_class(kind), settings, hparams)
 
 
 def name_of(kind: type[Adapter]) -> str:
-    """The name that tables show: the file name of a known method, the class name of a user's own."""
+    """The name that tables show: the file name of a known method, the class name of a user's own; ``gala:tent``."""
     stem = kind.__module__.rpartition(".")[2]
+    if wrapped := getattr(kind, "wrapped", None):
+        return f"{stem}:{name_of(wrapped)}"
     return stem if kind.__module__ == f"tta.methods.{stem}" else kind.__name__

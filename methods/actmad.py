@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tta import norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import logits_of
+from tta.functional import gradients_of, logits_of
 from tta.source import Known, Need, layer_moments
 
 
@@ -135,7 +135,7 @@ class ActMAD(Adapter):
         parameters = list(self.model.parameters())
         probe = torch.zeros(2, *self.alignment.image_shape, device=self.device)
         _, loss = self.alignment(self.model, probe)
-        reached = torch.autograd.grad(loss, parameters, allow_unused=True)
+        reached = gradients_of(loss, parameters)
         for parameter, gradient in zip(parameters, reached, strict=True):
             parameter.requires_grad_(gradient is not None)
 

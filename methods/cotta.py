@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from tta import augment, memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import logits_of, soft_cross_entropy, symmetric_cross_entropy
+from tta.functional import confidence, logits_of, soft_cross_entropy, symmetric_cross_entropy
 
 
 @dataclass
@@ -94,20 +93,12 @@ class CoTTA(Adapter):
         """Whether the anchor's mean confidence asks for views. The one answer a batch that a GPU is waited for."""
         if self.config.augment == "none":  # the average of equal views is the prediction without them
             return False
-        anchor = logits_of(functional_call(self.model, self.source_tensors(), (x,)))
-        return bool(anchor.softmax(dim=1).amax(dim=1).mean() < self.config.ap)
+        return bool(confidence(self.predict_as_source(x)).mean() < self.config.ap)
 
     def _averaged(self, x: Tensor) -> Tensor:
         """Mean over the views of the teacher's logits."""
-        view, sums = augment.augmentation(self.config.augment, self.generator), []
-        for start in range(0, self.config.views, self.config.views_at_once):
-            number = min(self.config.views_at_once, self.config.views - start)
-            if number == 1:
-                sums.append(self.predict(view(x)))
-            else:  # vmap: each view keeps batch statistics of its own
-                views = torch.stack([view(x) for _ in range(number)])
-                sums.append(torch.vmap(self.predict)(views).sum(0))
-        return torch.stack(sums).sum(0) / self.config.views
+        view = augment.augmentation(self.config.augment, self.generator)
+        return augment.averaged(self.predict, x, view, self.config.views, self.config.views_at_once)
 
     @torch.no_grad()
     def _restore(self, when: Tensor) -> None:

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from tta import taps
 from tta.adapter import Adapter, Config, require
-from tta.functional import logits_of
 
 MOST_STEPS = 100
 TOLERANCE = 1e-8  # relative change of the energy at which the steps end
@@ -56,11 +55,10 @@ class LAME(Adapter):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Log-probabilities (batch, classes) of the batch as a whole."""
-        with taps.inputs(self.model, self._head) as seen:
-            logits = logits_of(self.model(x))
+        features, logits = taps.look(self.model, self._head, x)
         with torch.autocast(x.device.type, enabled=False):  # energies are compared to a relative 1e-8
             unary = -(logits.softmax(1) + 1e-10).log()
-            return _laplacian_optimisation(unary, self._affinity(F.normalize(seen[-1].float(), dim=1)))
+            return _laplacian_optimisation(unary, self._affinity(F.normalize(features, dim=1)))
 
     def _affinity(self, features: Tensor) -> Tensor:
         """(batch, batch), row by row what an image takes from the others."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
+from tta.functional import confidence
 
 
 @dataclass
@@ -46,6 +47,5 @@ class RPL(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         for _ in range(self.config.steps):
             logits = self.predict(x)
-            confidence = logits.softmax(1).amax(1)
-            self.update(((1 - confidence**self.config.q) / self.config.q).mean())
+            self.update(((1 - confidence(logits) ** self.config.q) / self.config.q).mean())
         return logits

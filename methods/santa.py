@@ -4,12 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tta import augment, norms, taps
 from tta.adapter import Adapter
 from tta.contrast import ContrastConfig, PrototypeContrast, prototypes_need
-from tta.functional import logits_of, soft_cross_entropy
+from tta.functional import soft_cross_entropy
 from tta.source import Need
 
 
@@ -50,7 +49,7 @@ class SANTA(Adapter):
         view = augment.augmentation(config.augment, self.generator)
         for _ in range(config.steps):
             with torch.no_grad():
-                anchor = logits_of(functional_call(self.model, self.source_tensors(), (x,)))
+                anchor = self.predict_as_source(x)
             with taps.inputs(self.model, self.head) as features:
                 logits, viewed = self.predict(x), self.predict(view(x))
             anchored = soft_cross_entropy(anchor, logits) + soft_cross_entropy(anchor, viewed)

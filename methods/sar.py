@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta import norms, sharpness
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import entropy, masked_mean, reliable
+from tta.functional import entropy, gradients_of, masked_mean, reliable
 
 
 @dataclass
@@ -68,12 +68,12 @@ class SAR(Adapter):
             margin = _or(self.config.margin_e0, 0.4 * math.log(logits.shape[1]))
             entropies = entropy(logits)
             chosen = reliable(entropies, margin)
-            gradients = torch.autograd.grad(masked_mean(entropies, chosen), parameters, allow_unused=True)
+            gradients = gradients_of(masked_mean(entropies, chosen), parameters)
             with sharpness.perturbed(parameters, gradients, self.config.rho):
                 entropies = entropy(self.predict(x))
                 chosen = chosen & reliable(entropies, margin)
                 loss = masked_mean(entropies, chosen)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                gradients = gradients_of(loss, parameters)
             made = self.update(loss, gradients=gradients, when=chosen.any())
             self._recover(loss.detach(), made, _or(self.config.reset_constant, 0.2 * math.log(logits.shape[1], 1000)))
         return logits

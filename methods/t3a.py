@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tta import taps
 from tta.adapter import Adapter, Config, require
-from tta.functional import entropy, logits_of
+from tta.functional import entropy, matmul
 
 
 @dataclass
@@ -54,7 +54,7 @@ class T3A(Adapter):
 
     @torch.no_grad()
     def adapt(self, x: Tensor) -> Tensor:
-        features, logits = self._look(x)
+        features, logits = taps.look(self.model, self._head, x)
         # One image that is not finite keeps the whole batch out: NaN comes last in the order of entropies.
         self._remember(features, logits.argmax(1), entropy(logits) + 0 * x.sum())
         return self._scores(features)
@@ -62,12 +62,7 @@ class T3A(Adapter):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The features' inner products with the present templates, (batch, classes)."""
-        return self._scores(self._look(x)[0])
-
-    def _look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with taps.inputs(self.model, self._head) as seen:
-            logits = logits_of(self.model(x))
-        return seen[-1].float(), logits
+        return self._scores(taps.look(self.model, self._head, x)[0])
 
     def _remember(self, features: Tensor, labels: Tensor, entropies: Tensor) -> None:
         """Of the supports and the newcomers, each class keeps the ``filter_k`` of lowest entropy."""
@@ -85,5 +80,4 @@ class T3A(Adapter):
 
     def _scores(self, features: Tensor) -> Tensor:
         templates = F.normalize(F.normalize(self.supports, dim=2).sum(1), dim=1)
-        with torch.autocast(features.device.type, enabled=False):
-            return features @ templates.T
+        return matmul(features, templates.T)

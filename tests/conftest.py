@@ -1,6 +1,7 @@
 """The golden source models and stream, and a plain re-statement of RoTTA's memory, shared by the tests."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers that all use every core hinder one another
 
 
 class Block(nn.Module):

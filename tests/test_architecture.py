@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "tta.curves": "numpy pyarrow tta.predictions",
     "tta.results": f"{ADAPTER} numpy pandas tta.config tta.models tta.curves tta.predictions",
     "tta.intervals": "numpy tta.predictions tta.results",
-    "tta.metrics": "torch torchmetrics numpy tta.curves tta.predictions tta.results",
+    "tta.metrics": "torch torchmetrics numpy tta.functional tta.curves tta.predictions tta.results",
     "tta.cost": "torch tta.adapter",
     "tta.record": "torch tta.adapter tta.metrics tta.predictions tta.datasets.*",
     "tta.engine": f"{ADAPTER} lightning rich tta.config tta.results tta.methods tta.datasets.* {MEASURING}",

@@ -157,3 +157,34 @@ def test_generator_on_a_device_follows_the_one_that_seeds_it():
     draws = [torch.rand(4, generator=augment.generator_on(cpu, seeding)) for seeding in (one, one, other)]
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_each_image_is_blurred_by_its_own_sigma(sigma):
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    blurred = augment._blurred_each(images, torch.tensor([1.3, sigma, 0.5]))
+    expected = T.gaussian_blur(images[1], [13, 13], [sigma, sigma])  # mirrors the edge, which is repeated here
+    torch.testing.assert_close(blurred[1, :, 6:-6, 6:-6], expected[:, 6:-6, 6:-6], rtol=1e-4, atol=1e-5)
+
+
+def test_moco_view_changes_the_published_share_of_images():
+    """Of a thousand images: flips, greys, and the colours of those that are neither grey nor blurred."""
+    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    image[1] = 0.5 * image[0]
+    views = augment.moco_view(image.expand(1000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert views.min() >= 0
+    assert views.max() <= 1
+    grey = (views[:, 0] - views[:, 1]).abs().amax((1, 2)) < 1e-6
+    assert grey.float().mean() == pytest.approx(0.2, abs=0.04)
+    plain = [(views - x).abs().amax((1, 2, 3)) < 1e-6 for x in (image, image.flip(2))]
+    assert [p.float().mean().item() for p in plain] == pytest.approx([0.2 * 0.8 * 0.5 * 0.5] * 2, abs=0.02)
+    again = augment.moco_view(image.expand(1000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert torch.equal(again, views)
+
+
+def test_flipped_tosses_for_each_image():
+    images = torch.rand(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    views = augment.flipped(images, torch.Generator().manual_seed(0))
+    turned = (views == images.flip(3)).flatten(1).all(1)
+    assert torch.equal(views[~turned], images[~turned])
+    assert turned.float().mean() == pytest.approx(0.5, abs=0.1)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from tta import fingerprint, norms
@@ -175,7 +176,8 @@ class Adapter(nn.Module):
         elif when is not None and when.device.type == "cpu" and not when:
             return made  # known without waiting, and the backward pass is spared
         elif loss.requires_grad:
-            loss.backward()
+            with torch.autocast(loss.device.type, enabled=False):  # see functional.gradients_of
+                loss.backward()
         present = [p.grad for p in self._optimized() if p.grad is not None]
         if present:
             finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()
@@ -206,6 +208,10 @@ class Adapter(nn.Module):
         source = self.source_tensors()
         adapted = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return list(adapted.values()), [source[name] for name in adapted]
+
+    def predict_as_source(self, x: Tensor) -> Tensor:
+        """Logits of the source weights, with the layers as the method configured them (batch statistics stay that)."""
+        return logits_of(functional_call(self.model, self.source_tensors(), (x,)))
 
     @torch.no_grad()
     def restore(self, when: Tensor, *, moments: bool = True) -> None:

@@ -83,11 +83,7 @@ def sharp_view(images: Tensor, factors: ViewFactors) -> Tensor:
 
 
 def _jittered(images: Tensor, factors: ViewFactors) -> Tensor:
-    if images.shape[1] != 3:
-        raise ValueError(
-            f"The paper's augmentation changes colours and needs 3 channels; the images have {images.shape[1]}. "
-            "Pass augment='none' or a callable of your own."
-        )
+    _require_rgb(images)
     x = images.clamp(0, 1).contiguous()
     jitter = (
         lambda x: (x * factors.brightness).clamp_(0, 1),
@@ -101,8 +97,8 @@ def _jittered(images: Tensor, factors: ViewFactors) -> Tensor:
     return x
 
 
-def shift_hue(images: Tensor, share: float) -> Tensor:
-    """Turn the colours (HSV) of RGB images in [0, 1] by a share of the circle."""
+def shift_hue(images: Tensor, share: float | Tensor) -> Tensor:
+    """Turn the colours (HSV) of RGB images in [0, 1] by a share of the circle: one for all, or (batch, 1, 1)."""
     red, green, blue = images.unbind(1)
     value, smallest = images.amax(1), images.amin(1)
     chroma = value - smallest
@@ -161,6 +157,72 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
     return images
 
 
+def flipped(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images, each mirrored left and right or not by a toss of its own."""
+    return torch.where(_chance(0.5, images, generator), images.flip(3), images)
+
+
+def moco_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A view of a batch as MoCo v2 makes it, without its crop: colours, grey, blur, flip, each image its own.
+
+    Four of five images get new brightness, contrast, saturation and hue, one of five turns grey, half are blurred (sigma
+    0.1 to 2 pixels), half mirrored.
+
+    Chen et al., "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297, 2020.
+
+    Args:
+        images: (batch, 3, height, width) in [0, 1], floating point; values outside are clipped.
+        generator: on the CPU; all draws come from it.
+
+    Returns:
+        As ``images``.
+
+    Raises:
+        ValueError: the images are not RGB.
+    """
+    _require_rgb(images)
+    x = images.clamp(0, 1)
+    for operation in torch.randperm(4, generator=generator).tolist():
+        if operation == 3:
+            x = shift_hue(x, _uniform(-0.1, 0.1, images, generator)[:, 0])
+        else:  # brightness, contrast, saturation
+            towards = (torch.zeros_like(x), _grey(x).mean((1, 2, 3), keepdim=True), _grey(x))[operation]
+            x = (towards + (x - towards) * _uniform(0.6, 1.4, images, generator)).clamp_(0, 1)
+    x = torch.where(_chance(0.8, images, generator), x, images.clamp(0, 1))
+    x = torch.where(_chance(0.2, images, generator), _grey(x).expand_as(x), x)
+    sigma = _uniform(0.1, 2.0, images, generator)
+    x = torch.where(_chance(0.5, images, generator), _blurred_each(x, sigma.flatten()), x)
+    return flipped(x, generator)
+
+
+def _require_rgb(images: Tensor) -> None:
+    if images.shape[1] != 3:
+        raise ValueError(
+            f"The paper's augmentation changes colours and needs 3 channels; the images have {images.shape[1]}. "
+            "Pass augment='none' or a callable of your own."
+        )
+
+
+def _uniform(low: float, high: float, images: Tensor, generator: torch.Generator) -> Tensor:
+    """A number for each image, (batch, 1, 1, 1)."""
+    return (low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)).to(images)
+
+
+def _chance(probability: float, images: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.rand(len(images), 1, 1, 1, generator=generator) < probability).to(images.device)
+
+
+def _blurred_each(images: Tensor, sigma: Tensor, half: int = 6) -> Tensor:
+    """Gaussian blur of each image by its own sigma (batch,), up to a third of ``half``; edges are repeated."""
+    offsets = torch.arange(-half, half + 1, device=images.device)
+    weights = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)
+    x = F.pad(images, (half, half, half, half), mode="replicate").flatten(0, 1)[None]
+    x = F.conv2d(x, weights[:, None, None, :].to(x.dtype), groups=x.shape[1])
+    x = F.conv2d(x, weights[:, None, :, None].to(x.dtype), groups=x.shape[1])
+    return x[0].unflatten(0, images.shape[:2])
+
+
 def augmentation(choice: Any, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:
     """A function that makes one random view of a batch.
 
@@ -183,6 +245,31 @@ def augmentation(choice: Any, generator: torch.Generator, *, sharp: bool = False
         return view.add_(noise).clamp_(0, 1)
 
     return view
+
+
+def averaged(
+    predict: Callable[[Tensor], Tensor], x: Tensor, view: Callable[[Tensor], Tensor], views: int, at_once: int = 1
+) -> Tensor:
+    """Mean over views of the batch of what ``predict`` gives.
+
+    Args:
+        predict: (batch, ...) -> (batch, classes).
+        x: the batch.
+        view: makes one random view of it, see :func:`augmentation`.
+        views: how many.
+        at_once: views that share a forward, each with batch statistics of its own: the mean is the same.
+
+    Returns:
+        (batch, classes).
+    """
+    sums = []
+    for start in range(0, views, at_once):
+        number = min(at_once, views - start)
+        if number == 1:
+            sums.append(predict(view(x)))
+        else:  # vmap: each view keeps batch statistics of its own
+            sums.append(torch.vmap(predict)(torch.stack([view(x) for _ in range(number)])).sum(0))
+    return torch.stack(sums).sum(0) / views
 
 
 def is_augmentation(choice: Any) -> bool:

@@ -261,7 +261,7 @@ def _candidate(
         protocol=protocol,
         model=model,
         checkpoint=benchmark.models.get(model, {}).get("checkpoint", benchmark.checkpoint),
-        preset=place["preset"] if place["preset"] in config.load("method", method) else None,
+        preset=place["preset"] if place["preset"] in config.load("method", method.rpartition(":")[2]) else None,
         source=benchmark.source,
         batch_size=benchmark.batch_size,
         reset=benchmark.reset,

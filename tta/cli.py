@@ -288,7 +288,7 @@ def parse_request(words: Sequence[str]) -> runs.Request:
     if len(streams) > 1:
         raise UsageError(f"One run is on one stream; got {', '.join(streams)}.")
     for name in chosen:
-        if name not in methods.available():
+        if not methods.is_known(name):
             known = [*catalog.STREAMS, *methods.available()]
             raise UsageError(
                 f"'{name}' is neither a stream nor a method.{config.nearest(name, known)} "

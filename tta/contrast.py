@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tta import augment, taps
 from tta.adapter import OptimizerConfig, require
+from tta.functional import matmul
 from tta.source import Known, Need
 
 
@@ -111,8 +112,8 @@ class PrototypeContrast(nn.Module):
             features: of the images, (batch, width).
             view_features: of views of them, likewise.
         """
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            similarity = F.normalize(features.float()) @ F.normalize(self.prototypes).T
+        with torch.no_grad():
+            similarity = matmul(F.normalize(features.float()), F.normalize(self.prototypes).T)
             nearest = self.prototypes[similarity.masked_fill(self.absent, -torch.inf).argmax(1)]
         views = torch.stack([self.projector(part) for part in (nearest, features, view_features)])
         return contrastive(views, self.temperature)
@@ -131,9 +132,8 @@ def contrastive(views: Tensor, temperature: float) -> Tensor:
         A scalar, the mean over every view as the anchor and every other view of the same thing.
     """
     number, things = views.shape[:2]
-    with torch.autocast(views.device.type, enabled=False):
-        vectors = F.normalize(views.float(), dim=2).flatten(0, 1)
-        similarity = vectors @ vectors.T / temperature
+    vectors = F.normalize(views.float(), dim=2).flatten(0, 1)
+    similarity = matmul(vectors, vectors.T) / temperature
     itself = torch.eye(len(vectors), dtype=torch.bool, device=views.device)
     same = torch.eye(things, dtype=torch.bool, device=views.device).repeat(number, number) & ~itself
     log_share = similarity.masked_fill(itself, -torch.inf).log_softmax(1)

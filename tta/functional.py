@@ -1,6 +1,7 @@
 """Pure functions of logits and activations that several methods share."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
+def confidence(logits: Tensor) -> Tensor:
+    """Largest predicted probability of each sample: (batch, classes) -> (batch,), float32."""
+    return logits.float().softmax(dim=1).amax(dim=1)
+
+
 def entropy_of_mean(logits: Tensor) -> Tensor:
     """Shannon entropy, in nats, of the mean of the predicted distributions, through ``log_softmax``.
 
@@ -67,6 +73,12 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     return -(target_logits.float().softmax(dim=1) * logits.float().log_softmax(dim=1)).sum(dim=1)
 
 
+def matmul(first: Tensor, second: Tensor) -> Tensor:
+    """The matrix product, which autocast would round to half precision: of features whose small differences decide."""
+    with torch.autocast(first.device.type, enabled=False):
+        return first @ second
+
+
 def symmetric_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
     """Mean of the cross-entropies of each sample in the two directions, in nats.
 
@@ -80,6 +92,18 @@ def symmetric_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
         (batch,), float32.
     """
     return (soft_cross_entropy(logits, target_logits) + soft_cross_entropy(target_logits, logits)) / 2
+
+
+def gradients_of(loss: Tensor, tensors: Sequence[Tensor], *, materialize: bool = False) -> tuple[Any, ...]:
+    """Gradients of a scalar, without autocast: it would round the products of the backward pass of float32 operations too.
+
+    Args:
+        loss: a scalar.
+        tensors: what to derive by.
+        materialize: zeros, not None, where the loss does not depend on a tensor.
+    """
+    with torch.autocast(loss.device.type, enabled=False):
+        return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=materialize)
 
 
 def reliable(entropies: Tensor, margin: float) -> Tensor:
@@ -112,6 +136,33 @@ def unlike(probabilities: Tensor, average: Tensor, margin: float) -> Tensor:
         (batch,), boolean.
     """
     return F.cosine_similarity(probabilities, average[None], dim=1).abs() < margin
+
+
+def weighted_distance(
+    tensors: Iterable[Tensor], anchors: Iterable[Tensor], weights: Iterable[Tensor | float]
+) -> Tensor:
+    """Squared distance of tensors from their anchors, entry by entry times a weight, summed over all; a scalar."""
+    terms = [(w * (t - a).square()).sum() for t, a, w in zip(tensors, anchors, weights, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def below_quantile(values: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Which entries lie below the quantile of all entries together, interpolated linearly between ranks.
+
+    Args:
+        values: tensors of any shapes, at least two entries in all.
+        share: of the quantile, in [0, 1]; below 0 there is nothing.
+
+    Returns:
+        a boolean tensor for each of ``values``.
+    """
+    flat = torch.cat([value.flatten() for value in values])
+    rank = share * (len(flat) - 1)
+    low = int(rank)
+    # torch.quantile refuses more than 16 million entries, and sorts them all
+    at, above = (flat.kthvalue(min(k, len(flat))).values for k in (low + 1, low + 2))
+    threshold = at + (above - at) * (rank - low)
+    return [value < threshold for value in values]
 
 
 def followed(average: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
@@ -177,3 +228,56 @@ class _RowMoments(torch.autograd.Function):
         (centered,) = ctx.saved_tensors
         of_mean, of_var = gradients
         return torch.addcmul(of_mean / len(centered), centered, of_var * (2 / (len(centered) - 1)))
+
+
+def symmetric_kl(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> Tensor:
+    """Kullback-Leibler divergence between normal distributions, both ways, summed; nats.
+
+    NaN where a covariance is not positive definite.
+
+    Args:
+        mean, other_mean: (..., width).
+        covariance, other_covariance: (..., width, width), or variances (..., width) of independent entries.
+
+    Returns:
+        (...).
+    """
+    difference = mean - other_mean
+    if covariance.dim() == mean.dim():
+        spread = difference.square()
+        return ((other_covariance + spread) / covariance + (covariance + spread) / other_covariance - 2).sum(-1) / 2
+    # The logarithms of the determinants cancel; what is left are the two traces.
+    spread = difference[..., :, None] * difference[..., None, :]
+    traces = _trace_of_ratio(other_covariance + spread, covariance) + _trace_of_ratio(
+        covariance + spread, other_covariance
+    )
+    return traces / 2 - mean.shape[-1]
+
+
+def _trace_of_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Trace of ``inverse(denominator) @ numerator``."""
+    factor, failed = torch.linalg.cholesky_ex(denominator)  # unlike cholesky, it makes nobody wait for a GPU
+    trace = torch.cholesky_solve(numerator, factor).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace.masked_fill(failed != 0, torch.nan)
+
+
+def otsu_threshold(scores: Tensor, valid: Tensor, thresholds: Tensor) -> Tensor:
+    """The threshold that splits scores into two groups with the least variance within them.
+
+    Otsu, "A Threshold Selection Method from Gray-Level Histograms", IEEE Trans. SMC, 1979.
+
+    Args:
+        scores: (n,).
+        valid: (n,), boolean: which of them count.
+        thresholds: to choose from, float64, ascending. Scores that equal one belong to the group above it.
+
+    Returns:
+        a scalar, float64: the smallest of those that are equally good, the first where none splits the scores.
+    """
+    ordered = scores.double().masked_fill(~valid, torch.inf).sort().values
+    below = torch.searchsorted(ordered, thresholds)
+    above = valid.sum() - below
+    sums = F.pad(torch.where(ordered.isfinite(), ordered, 0).cumsum(0), (1, 0))
+    gap = sums[below] / below.clamp(min=1) - (sums[-1] - sums[below]) / above.clamp(min=1)
+    between = torch.where((below > 0) & (above > 0), below * above * gap.square(), -torch.inf)
+    return thresholds[between.argmax()]  # the most variance between the groups is the least within

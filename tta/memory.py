@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from tta.functional import matmul
+
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the model, in its present state, whose parameters get no gradient: a teacher to begin with."""
@@ -43,6 +45,19 @@ def blend(tensors: Iterable[Tensor], others: Iterable[Tensor], share: float | Te
     weight = share * when.float()
     for tensor, other in zip(tensors, others, strict=True):
         tensor.lerp_(other, weight.to(tensor.dtype))
+
+
+@torch.no_grad()
+def overwrite(parameters: Iterable[Tensor], values: Iterable[Tensor], where: Iterable[Tensor]) -> None:
+    """Put single weights in place of others: those of ``values`` where the masks are true.
+
+    Args:
+        parameters: changed in place.
+        values: one of the same shape for each.
+        where: boolean, one for each, may lie on a GPU.
+    """
+    for parameter, value, mask in zip(parameters, values, where, strict=True):
+        parameter.copy_(torch.where(mask, value, parameter))
 
 
 class Bank(nn.Module):
@@ -232,3 +247,201 @@ class PredictionBalancedReservoir(Bank):
         """The samples, (number held, ...)."""
         assert self.samples is not None, "contents() of a memory that was never offered a sample"
         return self.samples[(self.labels >= 0).nonzero()[:, 0].to(self.samples.device)]
+
+
+class ReplayMemory(Bank):
+    """A bank whose full places go round: a newcomer takes that of the oldest sample of the class most seen of late.
+
+    How much of a class was seen is a moving average of the samples it had at each reading, with a share of 0.1; among
+    classes equal in that, as all are before the first reading, one is drawn.
+
+    Yu et al., "STAMP: Outlier-Aware Test-Time Adaptation with Stable Memory Replay", ECCV 2024.
+
+    Args:
+        capacity: number of samples.
+    """
+
+    arrivals: Tensor  # number of the sample in each slot, in the order offered
+    readings: Tensor
+    seen: Tensor | None  # (classes,), the moving average
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.register_buffer("arrivals", torch.zeros(capacity, dtype=torch.int64))
+        self.register_buffer("readings", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", None)
+
+    def add(self, samples: Tensor, labels: Tensor, classes: int, pick: Callable[[list[int]], int]) -> None:
+        """Offer samples in order; every one is taken.
+
+        Args:
+            samples: (batch, ...).
+            labels: (batch,) predicted classes, on the CPU.
+            classes: number of classes.
+            pick: draws one of several classes.
+        """
+        members: list[list[int]] = [[] for _ in range(classes)]  # slots, the oldest first
+        for label, _, slot in self._order():
+            members[label].append(slot)
+        free = (self.labels < 0).nonzero()[:, 0].tolist()
+        seen = [0.0] * classes if self.seen is None else self.seen.tolist()
+        newcomers: dict[int, int] = {}  # slot -> row of the batch
+        for row, label in enumerate(labels.tolist()):
+            if free:
+                slot = free.pop(0)
+            else:
+                most = max(seen[other] for other in range(classes) if members[other])
+                loser = pick([other for other in range(classes) if members[other] and seen[other] == most])
+                slot = members[loser].pop(0)
+            members[label].append(slot)
+            newcomers[slot] = row
+            self.labels[slot], self.arrivals[slot] = label, self.offered + row
+        self._put(samples, newcomers)
+        self.offered += len(labels)
+        self.seen = torch.tensor(seen)
+
+    def read(self) -> Tensor:
+        """All samples, in order of class and then arrival, (number held, ...); the reading counts."""
+        assert self.samples is not None, "read() of a memory that was never offered a sample"
+        assert self.seen is not None
+        order = self._order()
+        counts = Counter(label for label, _, _ in order)
+        self.seen = 0.9 * self.seen.cpu() + torch.tensor([0.1 * counts[label] for label in range(len(self.seen))])
+        self.readings += 1
+        return self.samples[torch.tensor([slot for _, _, slot in order]).to(self.samples.device)]
+
+    def _order(self) -> list[tuple[int, int, int]]:
+        """Class, arrival and slot of each sample, sorted."""
+        books = zip(self.labels.tolist(), self.arrivals.tolist(), strict=True)
+        return sorted((label, arrived, slot) for slot, (label, arrived) in enumerate(books) if label >= 0)
+
+
+class RunningGaussian(nn.Module):
+    """Mean and covariance of the features so far, of one group of samples or of several.
+
+    A new sample weighs one over the number of its group's, and no less than ``1 / length``: what is older fades. In a
+    batch with more than ``length`` samples of a group each weighs one over their number.
+
+    Su et al., "Revisiting Realistic Test-Time Training: Sequential Inference and Adaptation by Anchored Clustering",
+    NeurIPS 2022.
+
+    Args:
+        mean: (groups, width), to begin with.
+        covariance: (groups, width, width), or (groups, width) for variances alone; divided by the number of samples.
+        length: 1 or more; infinite for plain moments.
+        count: samples that the beginning stands for.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: Tensor  # (groups,)
+
+    def __init__(self, mean: Tensor, covariance: Tensor, length: float = math.inf, count: int = 0) -> None:
+        super().__init__()
+        self.length = length
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("covariance", covariance.clone())
+        self.register_buffer("count", torch.full_like(mean[:, 0], count))
+
+    def add(self, features: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in features.
+
+        Moments that are not finite are not kept.
+
+        Args:
+            features: (batch, width).
+            member: (batch, groups), boolean.
+
+        Returns:
+            mean and covariance afterwards, through which gradients flow to these features and no earlier ones.
+        """
+        member = member.to(features.dtype)
+        arrived = member.sum(0)
+        count = self.count + arrived
+        rate = 1 / count.clamp(max=self.length).maximum(arrived).clamp(min=1)
+        difference = (features - self.mean[:, None]) * member.T[..., None]  # (groups, batch, width)
+        shift = rate[:, None] * difference.sum(1)
+        if self.covariance.dim() == 2:
+            scatter, square = difference.square().sum(1), shift.square()
+        else:
+            scatter, square = matmul(difference.mT, difference), shift[:, :, None] * shift[:, None, :]
+        rate, arrived = (value.view(-1, *[1] * (self.covariance.dim() - 1)) for value in (rate, arrived))
+        mean, covariance = self.mean + shift, self.covariance + rate * (scatter - arrived * self.covariance) - square
+        with torch.no_grad():
+            good = mean.isfinite().all() & covariance.isfinite().all()
+            for buffer, value in ((self.mean, mean), (self.covariance, covariance), (self.count, count)):
+                buffer.copy_(torch.where(good, value, buffer))
+        return mean, covariance
+
+
+class ReviewQueue(nn.Module):
+    """The last images, each with a moving average of its predictions, and whether these can be trusted.
+
+    The moving average takes in nine tenths of a new prediction. An image whose top probability falls more than
+    ``tolerance`` below the average for that class is distrusted for the next five passes over the queue.
+
+    Su et al., "Revisiting Realistic Test-Time Training: Sequential Inference and Adaptation by Anchored Clustering",
+    NeurIPS 2022.
+
+    Args:
+        capacity: number of images.
+        tolerance: probability.
+    """
+
+    images: Tensor | None  # (capacity, ...)
+    predictions: Tensor | None  # (capacity, classes), zeros for an image not reviewed yet
+    distrust: Tensor  # (capacity,), passes until each can be trusted
+    offered: Tensor  # number of images so far
+
+    def __init__(self, capacity: int, tolerance: float) -> None:
+        super().__init__()
+        self.tolerance = tolerance
+        self.register_buffer("images", None)
+        self.register_buffer("predictions", None)
+        self.register_buffer("distrust", torch.zeros(capacity, dtype=torch.int64))
+        self.register_buffer("offered", torch.zeros((), dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return min(int(self.offered), len(self.distrust))
+
+    def add(self, images: Tensor, classes: int) -> None:
+        """Take in images, in place of the oldest ones.
+
+        Args:
+            images: (batch, ...).
+            classes: number of classes.
+        """
+        capacity = len(self.distrust)
+        if self.images is None:
+            self.images = images.new_zeros(capacity, *images.shape[1:])
+            self.predictions = torch.zeros(capacity, classes, device=images.device)
+        assert self.predictions is not None
+        slots = (self.offered + torch.arange(len(images), device=self.offered.device))[-capacity:] % capacity
+        self.images[slots] = images[-capacity:]
+        self.predictions[slots] = 0
+        self.distrust[slots] = 0
+        self.offered += len(images)
+
+    def begin_pass(self) -> None:
+        """A pass over the queue: those distrusted are a pass nearer to being trusted again."""
+        self.distrust.sub_(1).clamp_(min=0)
+
+    def review(self, slots: Tensor, probabilities: Tensor) -> Tensor:
+        """Take in new predictions of some of the images.
+
+        Args:
+            slots: (n,), where the images lie.
+            probabilities: (n, classes).
+
+        Returns:
+            (n, classes), the moving averages of those that can be trusted, zeros for the others.
+        """
+        assert self.predictions is not None
+        before = self.predictions[slots]
+        top, label = probabilities.max(1)
+        fell = top <= before.gather(1, label[:, None])[:, 0] - self.tolerance
+        self.distrust[slots] = torch.where(fell, 5, self.distrust[slots])
+        # Which entries are new is asked of each by itself, as published: a probability that underflowed counts as new.
+        average = torch.where(before == 0, probabilities, 0.1 * before + 0.9 * probabilities)
+        self.predictions[slots] = average
+        return torch.where((self.distrust[slots] == 0)[:, None], average, 0)

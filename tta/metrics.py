@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error, multiclass_accuracy
 
+from tta import functional
 from tta.curves import histogram_entropy
 from tta.predictions import UNKNOWN, Predictions
 from tta.results import Row
@@ -124,22 +125,16 @@ def auroc(score: Tensor, unknown: Tensor) -> float:
 def otsu_threshold(score: Tensor) -> float:
     """The threshold that splits scores into two groups of the least variance within, midway between the two.
 
-    Otsu, "A Threshold Selection Method from Gray-Level Histograms", IEEE Transactions on Systems, Man, and Cybernetics,
-    1979; exact instead of over a histogram.
+    See :func:`tta.functional.otsu_threshold`; exact instead of over a histogram.
 
     Args:
-        score: (n,); NaN if all of them are equal.
+        score: (n,); NaN if all of them are equal, or one is not finite.
     """
-    ordered = score.double().sort().values
-    lower = torch.arange(1, len(ordered), dtype=torch.float64)
-    upper = len(ordered) - lower
-    sums = ordered.cumsum(0)[:-1]
-    between = lower * upper * (sums / lower - (ordered.sum() - sums) / upper).square()
-    between = torch.where(ordered[1:] > ordered[:-1], between, -torch.inf)  # equal scores stay together
-    if not len(between) or not between.max() > 0:
+    distinct = score.double().unique()
+    if len(distinct) < 2 or not distinct.isfinite().all():
         return math.nan
-    cut = int(between.argmax())
-    return float((ordered[cut] + ordered[cut + 1]) / 2)
+    midway = (distinct[1:] + distinct[:-1]) / 2
+    return float(functional.otsu_threshold(score, torch.ones_like(score, dtype=torch.bool), midway))
 
 
 def h_score(accuracy: float, other: float) -> float:

@@ -95,6 +95,32 @@ def by_batch(model: nn.Module) -> Iterator[None]:
             layer.__class__, layer.running_mean, layer.running_var = kind, mean, var
 
 
+@contextmanager
+def training_statistics(model: nn.Module) -> Iterator[None]:
+    """Within this context BatchNorm layers do what they do in training: the batch normalises and moves what is stored.
+
+    Each layer keeps its own momentum. Statistics that are not finite are forgotten at the end of the context: on a GPU a
+    bad batch is reported a batch late. A layer that stores nothing normalises by the batch anyway. The backward pass of an
+    earlier forward reads what is stored: run it before, or it reads what this context has made of it.
+    """
+    layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
+    stored = [(layer.training, layer.running_mean, layer.running_var) for layer in layers]
+    for layer, (_, mean, var) in zip(layers, stored, strict=True):
+        layer.training = True
+        if mean is not None and var is not None:
+            layer.running_mean, layer.running_var = mean.clone(), var.clone()
+    try:
+        yield
+    finally:
+        for layer, (mode, mean, var) in zip(layers, stored, strict=True):
+            layer.training = mode
+            if mean is not None and var is not None:
+                finite = layer.running_mean.isfinite() & layer.running_var.isfinite()
+                mean.data.copy_(torch.where(finite, layer.running_mean, mean))  # no change that autograd would refuse
+                var.data.copy_(torch.where(finite, layer.running_var, var))
+                layer.running_mean, layer.running_var = mean, var
+
+
 class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
     """Batch statistics of channels-last images, summed as exactly as those of channels-first ones.
 

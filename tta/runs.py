@@ -142,7 +142,7 @@ def _preset(method: str, request: Request) -> str | None:
     if request.run.preset:
         return request.run.preset
     name = config.load("stream", request.stream).get("preset", request.stream)
-    return name if name in config.load("method", method) else None
+    return name if name in config.load("method", method.rpartition(":")[2]) else None
 
 
 def make_adapter(model: Any, method: str, request: Request) -> Any:

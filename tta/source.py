@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tta import fingerprint, norms, taps
 from tta.functional import batch_moments, entropy, logits_of
+from tta.memory import RunningGaussian
 
 BATCH_SIZE = 64
 EXPECTED = (
@@ -160,6 +161,34 @@ def class_moments(model: nn.Module, need: Need) -> Recorder:
     return {"mean": total[:, :-1] / count.clamp(min=1), "prior": count[:, 0] / count.sum()}
 
 
+def class_gaussians(model: nn.Module, need: Need) -> Recorder:
+    """Mean and covariance of the features, of each class and of all images, divided by the number of images.
+
+    Classes are those that the model predicts, as in the code released with TTAC, unless labels are asked for. Setting
+    ``covariance`` is that of the classes: ``"full"``, ``"diagonal"`` (variances alone) or ``"none"``.
+
+    Returns:
+        ``class_mean`` (classes, width), zeros for a class without images; ``class_covariance`` (classes, width, width) or
+        (classes, width); ``class_count`` (classes,); ``mean`` (width,); ``covariance`` (width, width).
+    """
+    full = need.settings.get("covariance") == "full"
+    classes: RunningGaussian | None = None
+    while (batch := (yield)) is not None:
+        features, logits = _features(model, need, batch[0])
+        if classes is None:
+            means = features.new_zeros(logits.shape[1], features.shape[1])
+            classes = RunningGaussian(means, means[..., None] * means[:, None] if full else means)
+            total = RunningGaussian(means[:1], means[:1, :, None] * means[:1, None])
+        labels = logits.argmax(1) if batch[1] is None else batch[1]
+        classes.add(features, F.one_hot(labels, logits.shape[1]).bool())
+        total.add(features, torch.ones_like(features[:, :1], dtype=torch.bool))
+    assert classes is not None
+    known = {"class_mean": classes.mean, "class_covariance": classes.covariance, "class_count": classes.count}
+    if need.settings.get("covariance") == "none":
+        del known["class_covariance"]
+    return {**known, "mean": total.mean[0], "covariance": total.covariance[0]}
+
+
 def fisher(model: nn.Module, need: Need) -> Recorder:
     """Diagonal Fisher information of the parameters of the layers named, from the model's own predictions.
 
@@ -189,7 +218,8 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
 
 
 KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
-    kind.__name__: kind for kind in (activation_moments, feature_moments, token_moments, class_moments, fisher)
+    kind.__name__: kind
+    for kind in (activation_moments, feature_moments, token_moments, class_moments, class_gaussians, fisher)
 }
 
 
@@ -200,11 +230,8 @@ def layer_moments(x: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
 
 def _features(model: nn.Module, need: Need, images: Tensor) -> tuple[Tensor, Tensor]:
     (layer,) = need.layers
-    with torch.no_grad(), taps.inputs(model, layer) as seen:
-        logits = logits_of(model(images))
-    if not seen:
-        raise ValueError(f"A forward pass never reaches layer '{layer}': name the classifier head that it does.")
-    return seen[-1].float(), logits
+    with torch.no_grad():
+        return taps.look(model, layer, images)
 
 
 # ---------------------------------------------------------------------- statistics

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tta import norms
+from tta.functional import logits_of
 
 Part: TypeAlias = Literal["norm", "head", "features", "all"]
 TOKEN_PARTS = ("patch_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens", "embed_dim")
@@ -79,6 +80,27 @@ def inputs(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def look(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits of a batch in one forward, both float32.
+
+    Args:
+        model: any classifier.
+        name: of its final linear layer, see :func:`head`.
+        x: the batch.
+
+    Returns:
+        (batch, width) and (batch, classes).
+
+    Raises:
+        ValueError: the forward does not reach the layer.
+    """
+    with inputs(model, name) as seen:
+        logits = logits_of(model(x))
+    if not seen:
+        raise ValueError(f"A forward pass never reaches layer '{name}': name the classifier head that it does.")
+    return seen[-1].float(), logits
 
 
 @contextmanager
