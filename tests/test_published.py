@@ -1,8 +1,9 @@
 """Published tables: whole, and compared with results."""
 
 import pytest
+import torch
 
-from tta import methods, published
+from tta import methods, models, published
 from tta.cli import main
 from tta.config import ConfigError
 from tta.datasets.catalog import PROTOCOLS
@@ -16,7 +17,7 @@ def make(method="tent", errors=None, **changes):
     rows = tuple(Row(domain=d, samples=10000, errors=round(100 * e)) for d, e in zip(TENT.domains, errors, strict=True))
     data = {"protocol": "per-domain", "batch_size": 200, "settings": {"severity": 5}}
     told = {"stream": "cifar10-c", "seed": 0, "reset": "domain", "config": {}, "seconds": 1.0}
-    manifest = {"data": data, "model": {"spec": "WRN-28-10 (RobustBench Standard)"}}
+    manifest = {"data": data, "model": {"spec": TENT.manifest["model"]}}
     return Result(**{"method": method, "rows": rows, "manifest": manifest, **told, **changes})
 
 
@@ -27,17 +28,22 @@ def test_every_table_is_whole(name):
     assert table.source
     assert table.manifest["protocol"] in PROTOCOLS
     assert {"stream", "model"} <= set(table.manifest)
-    for method in table.rows:
-        row = (
-            table.row(table.rows[method].get("method", method), table.rows[method].get("config", {}))
-            if isinstance(table.rows[method], dict)
-            else table.row(method)
-        )
+    for name, told in table.rows.items():
+        row = table.row(told.get("method", name), told.get("config", {})) if isinstance(told, dict) else table.row(name)
         assert 0 < row["mean"] < 100
         if "errors" in row:
             assert len(row["errors"]) == len(table.domains)
             # The rows are rounded to a decimal each, and so is the mean.
             assert abs(sum(row["errors"]) / len(row["errors"]) - row["mean"]) < 0.1
+
+
+def test_models_that_have_a_spec_are_named_by_it():
+    named = {published.find(name).manifest["model"] for name in published.available()}
+    specs = {name for name in named if ":" in name or name in models.list_models()}
+    assert {"robustbench:cifar10/Standard", "torchvision:resnet50/IMAGENET1K_V1"} <= specs
+    with torch.device("meta"):
+        found = {models.load_model(spec, pretrained=False).spec for spec in specs}
+    assert found == specs
 
 
 def test_a_result_like_the_published_one_agrees():

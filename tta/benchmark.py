@@ -203,7 +203,8 @@ def entries(benchmark: Benchmark) -> list[Entry]:
         ConfigError: a hyper-parameter that does not fit its type, or a stream without validation corruptions.
     """
     rows: list[Entry] = []
-    models, ways = list(benchmark.models) or [None], benchmark.select or [None]
+    models: Sequence[str | None] = list(benchmark.models) or [None]
+    ways: Sequence[str | None] = benchmark.select or [None]
     for stream, model, preset, way in itertools.product(benchmark.streams, models, benchmark.presets, ways):
         for protocol in ["episodic"] if way == EPISODIC else benchmark.protocols:
             place = {"stream": stream, "protocol": protocol, "model": model, "preset": preset}
@@ -221,7 +222,7 @@ def _points(benchmark: Benchmark, method: str, way: str | None) -> Iterator[dict
     from tta.adapter import config_class
 
     keys = [item.name for item in dataclasses.fields(config_class(methods.find(method)))]  # type: ignore[arg-type]
-    grid = benchmark.grid or (WAYS[way].grid if way else {})
+    grid: Mapping[str, Any] = benchmark.grid or (WAYS[way].grid if way else {})
     axes = {**{key: values for key, values in grid.items() if key in keys}, **grid.get(method, {})}
     if way == EPISODIC:
         axes.pop("steps", None)  # it chooses among the steps itself

@@ -86,13 +86,13 @@ def differences(result: Result, name: str) -> dict[str, tuple[Any, Any]]:
         raise config.ConfigError(
             f"Published table '{name}' has no row for '{result.method}'. There are: {', '.join(table.rows)}."
         )
-    own = _described(result)
-    found = {key: (own.get(key), value) for key, value in table.manifest.items() if str(own.get(key)) != str(value)}
-    errors = {"mean_error": (result.mean_error, float(row["mean"]))}
+    said = _described(result)
+    found = {key: (said.get(key), value) for key, value in table.manifest.items() if str(said.get(key)) != str(value)}
+    errors: dict[str, tuple[float | None, float]] = {"mean_error": (result.mean_error, float(row["mean"]))}
     listed: Sequence[float] = row.get("errors", ())
     for domain, error in zip(table.domains, listed, strict=bool(listed)):
         errors[f"errors.{domain}"] = (result.errors.get(domain), float(error))
-    off = {key: pair for key, pair in errors.items() if pair[0] is None or abs(pair[0] - pair[1]) >= TOLERANCE}
+    off = {key: (own, told) for key, (own, told) in errors.items() if own is None or abs(own - told) >= TOLERANCE}
     return {**found, **off}
 
 

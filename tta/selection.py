@@ -66,8 +66,8 @@ def inconsistency(result: Result) -> float:
 
 
 # The grids and the first two ways are those of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023 (TTAB).
-EPISODIC = {"lr": [1e-3, 5e-4, 1e-4]}
-ONLINE = {"lr": [5e-3, 1e-3, 5e-4], "steps": [1, 2, 3]}
+EPISODIC: dict[str, list[Any]] = {"lr": [1e-3, 5e-4, 1e-4]}
+ONLINE: dict[str, list[Any]] = {"lr": [5e-3, 1e-3, 5e-4], "steps": [1, 2, 3]}
 
 WAYS = {
     "episodic-oracle": Way(
@@ -133,7 +133,7 @@ class Entry:
     """
 
     method: str
-    place: Mapping[str, str]
+    place: Mapping[str, Any]
     way: str | None
     candidates: tuple[Candidate, ...]
 

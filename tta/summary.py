@@ -350,10 +350,8 @@ def summarise(
     known = published_tables.find(published) if published else None
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for row in rows:
-        place = {
-            key: value for key, value in row.place.items() if value is not None and not (by_stream and key == "stream")
-        }
-        groups.setdefault((row.way, *place.items()), []).append(row)
+        shared = [(k, v) for k, v in row.place.items() if v is not None and not (by_stream and k == "stream")]
+        groups.setdefault((row.way, *shared), []).append(row)
     sections = []
     for (way, *place), members in groups.items():
         lines: dict[str, list[tuple[Entry, Candidate]]] = {}
