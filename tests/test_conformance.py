@@ -29,7 +29,7 @@ VARIANTS = [
     ("eata", {"steps": 2, "lr": 0.05, "fisher_alpha": 0.0}),
     ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
     ("dpcore", {"steps_new": 1, "rho": 1.1, "capacity": 2}),
-    ("adacontrast", {"queue_size": 40, "refine_after": 16, "lr": 1e-3, "bank": "released", "mask": "released"}),
+    ("adacontrast", {"queue_size": 40, "refine_after": 16, "lr": 1e-4, "bank": "released", "mask": "released"}),
     ("cafa", {"shrinkage": 0.5, "steps": 2, "optimizer": "sgd", "lr": 0.01}),
     ("gala", {"window": 2, "select": "all", "steps": 2, "optimizer": "adamw"}),
     ("gala:tent", {"window": 4, "threshold": 0.1}),
