@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from tta.datasets.domains import Classes, DatasetImages, Domain
+from tta.datasets.geometry import fitted
 from tta.datasets.protocols import PROTOCOLS
 from tta.datasets.stream import Stream, check
 
@@ -109,15 +110,15 @@ def stream(
     )
 
 
-def source_images(name: str, size: Sequence[int] | None = None) -> Tensor | Dataset[Any]:
+def source_images(name: str, preprocessing: Mapping[str, Any] | None = None) -> Tensor | Dataset[Any]:
     """Clean images of the source domain, for :meth:`tta.SourceStatistics.record` and ``source=``.
 
     Args:
         name: a stream (the images its source models were trained on), or a folder ``CLASS/IMAGE`` as
             ``torchvision.datasets.ImageFolder`` reads it; its order is shuffled once and for all, so that the first so
             many images are of all classes.
-        size: height and width of the model's input. A folder's images of another size are resized to 8/7 of it along
-            their shorter side and cropped. Left out: they stay as they are.
+        preprocessing: that of the model. A folder's images of another size than its input are resized and cropped as its
+            weights expect, see :func:`tta.datasets.geometry.fitted`. Left out: they stay as they are.
 
     Raises:
         ValueError: the stream offers no source images, or there is neither such a stream nor such a folder.
@@ -131,15 +132,8 @@ def source_images(name: str, size: Sequence[int] | None = None) -> Tensor | Data
         return make()
     if not Path(name).is_dir():
         raise ValueError(_unknown("folder of images or stream", name, STREAMS))
-    folder = ImageFolder(name, lambda image: _fitted(image, size))
+    folder = ImageFolder(name, partial(fitted, preprocessing=preprocessing or {}))
     return Subset(folder, torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist())
-
-
-def _fitted(image: Any, size: Sequence[int] | None) -> Tensor:
-    pixels = transforms.functional.pil_to_tensor(image)
-    if size is None or pixels.shape[1:] == tuple(size):
-        return pixels
-    return transforms.functional.center_crop(transforms.functional.resize(pixels, [max(size) * 8 // 7]), list(size))
 
 
 def classes_of(name: str) -> Classes | None:

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from tta import fingerprint
 from tta.datasets.corruptions import constants, corrupt
 from tta.datasets.domains import UNKNOWN, Classes
+from tta.datasets.geometry import Geometry
 from tta.paths import data_root
 
 HASHED = (
@@ -29,52 +29,6 @@ HASHED = (
 )
 
 MANIFEST = "tta-corrupt.json"  # in a folder that `tta corrupt` wrote
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a picture of any size becomes an image of the model's: resized as the published recipes do, then cropped.
-
-    Hendrycks & Dietterich, ICLR 2019, made ImageNet-C with ``Geometry(256, 224)``.
-
-    Args:
-        resize: pixels of the shorter side; None leaves the picture as it is.
-        crop: side of the square taken from the middle; None takes all.
-        squash: both sides become ``resize`` pixels, whatever the picture's proportions.
-
-    Raises:
-        ValueError: sizes that are no positive whole numbers, or a crop larger than what is left after resizing.
-    """
-
-    resize: int | None = None
-    crop: int | None = None
-    squash: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("resize", "crop"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a number of pixels, or null to leave it out; got {value!r}.")
-        if self.resize is not None and self.crop is not None and self.crop > self.resize:
-            raise ValueError(f"crop={self.crop} does not fit into images resized to {self.resize}: raise resize.")
-        if self.squash and self.resize is None:
-            raise ValueError("squash=true needs resize, the pixels of both sides.")
-
-    def __call__(self, picture: Any) -> Tensor:
-        """A PIL picture as (3, height, width), uint8."""
-        if self.resize is not None:
-            size = [self.resize] * (2 if self.squash else 1)
-            picture = F.resize(picture, size, interpolation=InterpolationMode.BILINEAR)
-        if self.crop is not None:
-            if min(picture.size) < self.crop:
-                raise ValueError(f"it has {picture.size[0]} x {picture.size[1]} pixels, crop={self.crop} needs more")
-            picture = F.center_crop(picture, [self.crop])
-        return F.pil_to_tensor(picture)
-
-    def __str__(self) -> str:
-        resized = "" if self.resize is None else f"{'both sides' if self.squash else 'shorter side'} to {self.resize}"
-        cropped = "" if self.crop is None else f"middle {self.crop} x {self.crop}"
-        return ", ".join(part for part in (resized, cropped) if part) or "as stored"
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,6 +299,20 @@ class FileImages:
         if not len(kept.files):
             raise ValueError(f"None of the {len(good)} files in '{self.folder}' can be used.")
         return kept
+
+    def warn_of_enlarging(self) -> None:
+        """Warn where the first picture has the size of the crop already and would be enlarged, to be cropped once more."""
+        try:
+            picture = F.pil_to_tensor(pil_loader(self.path(0)))
+        except (OSError, SyntaxError, ValueError):  # it is named when its turn comes
+            return
+        if self.geometry.enlarges_a_crop(picture):
+            crop, resize = self.geometry.crop, self.geometry.resize
+            warnings.warn(
+                f"The pictures in '{self.folder}' have {crop} x {crop} pixels and look cropped already; they are enlarged to "
+                f"{resize} and cropped once more, which costs accuracy. To take them as they are: resize=null crop=null.",
+                stacklevel=3,
+            )
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the images: where they lie, a hash and what it covers, what was done to them."""

@@ -10,13 +10,13 @@ from tta.datasets.files import (
     CorruptedFiles,
     FileImages,
     FileList,
-    Geometry,
     data_folder,
     list_flat,
     list_images,
     some,
     subfolders,
 )
+from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
 
 ClassMap = str | Path | Mapping[str, int | None] | None
@@ -32,6 +32,7 @@ def domains(
     resize: int | None = 256,
     crop: int | None = 224,
     squash: bool = False,
+    interpolation: str = "bilinear",
     by_class: bool = False,
     samples: int | None = None,
     on_error: str = "raise",
@@ -40,7 +41,8 @@ def domains(
     """The images of ``root/CLASS/*.jpg``, or of ``root/DOMAIN/CLASS/*.jpg`` for each of the domains named.
 
     Pictures of any size and of every kind that torchvision's ``ImageFolder`` reads. They are shuffled, always in the
-    same way: a folder has no order but that of its classes, which would ruin batch statistics.
+    same way: a folder has no order but that of its classes, which would ruin batch statistics. Warns where they look
+    cropped already and would be enlarged.
 
     Args:
         root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
@@ -55,6 +57,7 @@ def domains(
         resize: pixels of the shorter side, null to keep the size.
         crop: side of the square taken from the middle, null for all of the picture.
         squash: resize both sides to ``resize``.
+        interpolation: of the resizing, ``"bilinear"`` as ImageNet-C was made, ``"bicubic"`` ... as the weights expect.
         by_class: class by class instead of shuffled.
         samples: only the first so many images of each domain.
         on_error: a file that cannot be decoded is an error (``"raise"``) when it comes, or is left out (``"skip"``): all
@@ -66,7 +69,7 @@ def domains(
         ValueError: domains of different classes, a class that ``class_map`` does not name, or a setting out of range.
     """
     folder = data_folder(root)
-    geometry = Geometry(resize, crop, squash)
+    geometry = Geometry(resize, crop, squash, interpolation)
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is 'raise' or 'skip'; got {on_error!r}.")
     parts = [(folder.resolve().name, folder)] if domains is None else [(name, folder / name) for name in domains]
@@ -89,6 +92,7 @@ def domains(
             )
         one = FileImages(name, place, _arranged(files, by_class).first(samples), geometry, classes=classes)
         made.append(one.without_unreadable() if on_error == "skip" else one)
+    made[0].warn_of_enlarging()
     return made
 
 
@@ -103,6 +107,7 @@ def corrupted(
     resize: int | None = 256,
     crop: int | None = 224,
     squash: bool = False,
+    interpolation: str = "bilinear",
     by_class: bool = False,
     samples: int | None = None,
     on_error: str = "raise",
@@ -118,7 +123,7 @@ def corrupted(
         corruptions: which, and in which order; those to tune on too.
         recipe: ``"imagenet"``, for images of about 224 pixels, or ``"cifar"``, for about 32.
         seed: of the draws.
-        root, class_map, mask, resize, crop, squash, by_class, samples, on_error: as for ``imagefolder``.
+        root, class_map, mask, resize, crop, squash, interpolation, by_class, samples, on_error: as for ``imagefolder``.
 
     Raises:
         ValueError: as ``imagefolder``; an unknown corruption, severity or recipe.
@@ -130,6 +135,7 @@ def corrupted(
         resize=resize,
         crop=crop,
         squash=squash,
+        interpolation=interpolation,
         by_class=by_class,
         samples=samples,
         on_error=on_error,

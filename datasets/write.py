@@ -16,7 +16,8 @@ from torchvision.transforms import functional as F
 from tta import fingerprint
 from tta.datasets.cifar_c import CIFAR_10, CIFAR_100, CLASSES, clean_images, read_array
 from tta.datasets.corruptions import CORRUPTIONS, constants, corrupt
-from tta.datasets.files import MANIFEST, FileImages, Geometry, list_images, subfolders
+from tta.datasets.files import MANIFEST, FileImages, list_images, subfolders
+from tta.datasets.geometry import Geometry
 
 SEVERITIES = (1, 2, 3, 4, 5)
 QUALITY = 85  # of the JPEG files of ImageNet-C
@@ -80,6 +81,7 @@ def write_corrupted(
         if not names:
             raise FileNotFoundError(f"'{source}' holds no class folders and no CIFAR: expected CLASS/IMAGE.")
         clean = FileImages("clean", source, list_images(source, names), Geometry(resize, crop))
+        clean.warn_of_enlarging()
         how |= {"format": "PNG" if quality is None else f"JPEG quality {quality}", "geometry": str(clean.geometry)}
         how["content"] = clean.describe()["content"]
         tasks = _FileTasks(clean, target, corruptions, severities, how, quality)

@@ -10,8 +10,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import tta
+from tta.datasets import catalog
 from tta.datasets.domains import UNKNOWN
-from tta.datasets.files import Geometry
+from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
 from tta.engine import OnlineModule
 
@@ -95,6 +96,48 @@ def test_geometry_is_told_and_checked(folder):
         list(stream(folder, resize=None, crop=None))
     with pytest.raises(ValueError, match=r"has 3\d\d x 2\d\d pixels, crop=290 needs more"):
         list(stream(folder, resize=None, crop=290))
+
+
+def test_the_interpolation_is_chosen_and_told(folder):
+    made = stream(folder, interpolation="bicubic", batch_size=9)
+    (folder / ".cache").rmdir()  # a class to torchvision
+    bicubic = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
+    reference = ImageFolder(folder, transforms.Compose([bicubic, *PUBLISHED.transforms[1:]]))
+    for image, index in zip(next(iter(made)).images, made.domains[0].index, strict=True):
+        assert torch.equal(image, reference[int(index)][0] / 255)
+    assert made.domains[0].describe()["geometry"] == "shorter side to 256 (bicubic), middle 224 x 224"
+    with pytest.raises(ValueError, match=r"interpolation is one of .*bicubic.*; got 'cubic'"):
+        stream(folder, interpolation="cubic")
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagefolder-c"])
+def test_pictures_that_are_cropped_already_are_not_enlarged_unnoticed(tmp_path, name, recwarn):
+    write(tmp_path / "a" / "0.jpg", (224, 224))
+    with pytest.warns(UserWarning, match=r"224 x 224 pixels and look cropped already.*resize=null crop=null"):
+        stream(tmp_path, name)
+    recwarn.clear()
+    stream(tmp_path, name, resize=None, crop=None)
+    stream(tmp_path, name, resize=224)
+    write(tmp_path / "a" / "0.jpg", (224, 225))
+    stream(tmp_path, name)
+    assert not recwarn.list
+
+
+def test_source_images_of_a_folder_are_what_the_weights_expect(tmp_path):
+    write(tmp_path / "a" / "0.png", (300, 250))
+    picture = Image.open(tmp_path / "a" / "0.png")
+
+    def source(**preprocessing):
+        return catalog.source_images(str(tmp_path), {"input_size": [64, 64], **preprocessing})[0][0]
+
+    bicubic = transforms.Resize(73, interpolation=transforms.InterpolationMode.BICUBIC)(picture)
+    cropped = transforms.functional.pil_to_tensor(transforms.CenterCrop(64)(bicubic))
+    assert torch.equal(source(resize=73, interpolation="bicubic", crop="center"), cropped)
+    assert torch.equal(source(interpolation="bicubic"), cropped)  # 8/7 of the input, where nobody says
+    assert not torch.equal(source(resize=73), cropped)
+    squashed = transforms.functional.pil_to_tensor(transforms.Resize((64, 64))(picture))
+    assert torch.equal(source(resize=64, crop="squash"), squashed)
+    assert catalog.source_images(str(tmp_path))[0][0].shape == (3, 250, 300)
 
 
 def test_domains_are_folders_with_the_same_classes(folder, tmp_path):

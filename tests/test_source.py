@@ -298,10 +298,10 @@ def test_a_folder_of_images_is_a_source(tmp_path, capsys):
     assert SourceStatistics.load(file).entries[0].images == 12
     words = ["digits-c", "eata", f"source={tmp_path / 'images'}", "corruptions=[fog]", "samples=100"]
     assert main(["run", *words, "--out", str(tmp_path)]) == 0
-    first = [catalog.source_images(str(tmp_path / "images"), (32, 32))[i] for i in range(6)]
+    first = [catalog.source_images(str(tmp_path / "images"), {"input_size": [32, 32]})[i] for i in range(6)]
     assert first[0][0].shape == (3, 32, 32)
     assert {label for _, label in first} == {0, 1}
-    assert catalog.source_images(str(tmp_path / "images"), (48, 40))[0][0].shape == (3, 48, 40)
+    assert catalog.source_images(str(tmp_path / "images"), {"input_size": [48, 40]})[0][0].shape == (3, 48, 40)
 
 
 @pytest.mark.parametrize(
