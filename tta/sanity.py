@@ -159,7 +159,9 @@ def _causes(model: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]
     for name, (mean, std) in KNOWN.items():
         if (mean, std) == mine:
             continue
-        found = "normalised, but not as the weights expect, by" if inside else "never normalised: the weights expect"
+        found = (
+            "normalised by other values than the weights expect:" if inside else "never normalised: the weights expect"
+        )
         m, s = mine or (NO_MEAN, NO_STD)  # which the model takes away again
 
         def instead(x: Tensor, mean: Any = mean, std: Any = std, m: Any = m, s: Any = s) -> Tensor:
