@@ -148,6 +148,7 @@ def main() -> None:
     for column in (
         "method",
         "batch",
+        "images/s",
         "step, ms",
         "x frozen forward",
         "lowest",
@@ -161,6 +162,7 @@ def main() -> None:
         table.add_row(
             method,
             str(len(batches[method])),
+            f"{1e3 * len(batches[method]) / statistics.median(milliseconds[method]):.0f}",
             f"{statistics.median(milliseconds[method]):.0f}",
             f"{statistics.median(values):.2f}",
             f"{min(values):.2f}",

@@ -80,7 +80,9 @@ def test_cells_of_one_stream_follow_one_another():
         ({"seeds": []}, "needs methods, streams and seeds"),
         ({"presets": ["cifar"]}, "has a preset 'cifar'"),
         ({"select": ["oracle"]}, "No way of selection 'oracle'"),
+        ({"methods": {"tent": {"stream.sampels": 5}}}, "Did you mean 'samples'"),
         ({"columns": "method"}, "There are: domain, stream"),
+        ({"order": "eror"}, "Did you mean 'error'"),
         ({"sedes": [0]}, "Did you mean 'seeds'"),
     ],
 )
@@ -109,6 +111,17 @@ def test_settings_reach_into_the_description():
 def test_benchmarks_of_the_toolkit_are_valid(name):
     assert benchmark.available()[name]
     assert names(name)
+
+
+def test_a_method_may_have_settings_of_its_stream():
+    described = {
+        "methods": {"norm": {"alpha": 0.3}, "tent": {"lr": 0.1, "stream.samples": 5, "stream.batch_size": 7}},
+        "streams": {"digits-c": {"samples": 20}},
+        "batch_size": 50,
+    }
+    norm, tent = benchmark.in_order(benchmark.entries(benchmark.load(described)))
+    assert (norm.stream_settings, norm.batch_size, norm.hparams) == ({"samples": 20}, 50, {"alpha": 0.3})
+    assert (tent.stream_settings, tent.batch_size, tent.hparams) == ({"samples": 5}, 7, {"lr": 0.1})
 
 
 def test_a_cell_is_finished_when_its_result_is_whole_and_its_description_the_same(tmp_path):

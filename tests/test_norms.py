@@ -163,6 +163,14 @@ def test_channels_last_batch_statistics_are_exact(shape):
     assert rows == (shape[2:] == (1, 1))  # of one pixel the two layouts are the same
 
 
+def test_an_activation_may_replace_channels_last_outputs_in_place():
+    layer = nn.BatchNorm2d(4)
+    norms.use_batch_statistics(layer)
+    x = torch.randn(8, 4, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
+    expected = torch.autograd.grad(layer(x).relu().square().sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(layer(x).relu_().square().sum(), x)[0], expected)
+
+
 def test_channels_last_batch_statistics_under_vmap():
     layer = nn.BatchNorm2d(4)
     norms.use_batch_statistics(layer)

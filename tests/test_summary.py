@@ -139,3 +139,18 @@ def test_published_means_stand_beside_ours():
     assert "WRN-28-10" in found.to_text()
     with pytest.raises(ConfigError, match="No published table 'tent'"):
         summary.summarise(rows, {}, published="tent")
+
+
+def test_a_table_of_means_and_metrics_sorted_by_error():
+    rows = entries(protocols=["continual"])
+    table = summary.summarise(
+        rows, outcomes(rows, tent=1), columns="mean", metrics=["samples", "no_such"], by_error=True
+    )
+    (section,) = table.sections
+    assert section.columns == ()
+    assert [line.method for line in section.lines] == ["tent", "norm", "source"]  # 25 of one seed, 35, 65
+    first, *_ = table.to_markdown().splitlines()[4:]
+    assert first.startswith("| tent | **25.0** |")
+    assert first.endswith(" | 20 | - |")
+    down = [line.split()[0] for line in table.to_text(80).splitlines() if line.startswith(("tent", "norm", "source"))]
+    assert down == ["tent", "norm", "source"]

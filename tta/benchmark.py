@@ -20,7 +20,9 @@ FOLDER = "benchmark"  # of configs/
 DESCRIPTION = "benchmark.yaml"
 CELLS = "cells"
 EPISODIC = "episodic-oracle"
-COLUMNS = ("domain", "stream")
+COLUMNS = ("domain", "stream", "mean")
+ORDERS = ("given", "error")
+OF_STREAM = "stream."  # before a key of a method's settings that is one of its stream's
 AXES = ("methods", "streams", "models", "protocols")
 Report = Callable[[Cell, Outcome, int, int], None]
 
@@ -34,7 +36,8 @@ class Benchmark:
     Attributes:
         name: of it, and of its folder; left out, that of the file.
         about: a line on what it is.
-        methods: with the hyper-parameters of each, over its preset.
+        methods: with the hyper-parameters of each, over its preset. ``stream.samples`` and the like are settings of the
+            stream for this method alone, ``stream.batch_size`` too: what is dear is given fewer images.
         streams: with the settings of each.
         models: specs of source models, with ``checkpoint``, ``num_classes``, ``mean`` and ``std`` where one needs them; left
             out, the stream's own.
@@ -44,7 +47,10 @@ class Benchmark:
         grid: lists of values by hyper-parameter, for every method that has it; under a method's name for it alone.
         select: ways of selection (see :mod:`tta.selection`); none: each point of the grid has a row of its own.
         oracle_steps: steps a batch that ``episodic-oracle`` selects from.
-        columns: of the table: ``"domain"``, or ``"stream"`` with the mean error of each; left out, whichever there are more of.
+        columns: of the table: ``"domain"``, ``"stream"`` with the mean error of each, or ``"mean"`` alone; left out,
+            domains of one stream, and of several the streams.
+        metrics: columns behind the errors, by their names in :attr:`tta.Result.metrics`, and ``samples``.
+        order: of the lines of the table: as ``"given"``, or by the mean ``"error"``.
         published: name of a published table to compare with.
         checkpoint: weights of the source models that name none.
         source: file or folder of source knowledge.
@@ -68,6 +74,8 @@ class Benchmark:
     select: list[str] = field(default_factory=list)
     oracle_steps: int = 10
     columns: str | None = None
+    metrics: list[str] = field(default_factory=list)
+    order: str = "given"
     published: str | None = None
     checkpoint: str | None = None
     source: str | None = None
@@ -171,13 +179,15 @@ def _check(benchmark: Benchmark) -> None:
     _known("protocol", benchmark.protocols, catalog.PROTOCOLS)
     _known("way of selection", benchmark.select, WAYS)
     _known("columns", [benchmark.columns] if benchmark.columns else [], COLUMNS)
+    _known("order", [benchmark.order], ORDERS)
     for spec, settings in benchmark.models.items():
         _known(f"setting of model '{spec}'", settings, OF_MODEL)
+    own_settings = {key for settings in benchmark.methods.values() for key in _apart(settings)[1]}
     for stream, protocol in itertools.product(benchmark.streams, benchmark.protocols):
         given = {**benchmark.streams[stream], **benchmark.protocols[protocol]}
-        _known(
-            f"setting of stream '{stream}', protocol '{protocol}':", given, catalog.stream_settings(stream, protocol)
-        )
+        known = catalog.stream_settings(stream, protocol)
+        _known(f"setting of stream '{stream}', protocol '{protocol}':", given, known)
+        _known(f"setting of stream '{stream}' for one method:", own_settings, [*known, "batch_size"])
     keys = {
         name: [item.name for item in dataclasses.fields(config_class(methods.find(name)))] for name in benchmark.methods
     }  # type: ignore[arg-type]
@@ -185,6 +195,12 @@ def _check(benchmark: Benchmark) -> None:
     for preset in benchmark.presets:
         if preset is not None and not any(preset in config.load("method", name) for name in benchmark.methods):
             raise config.ConfigError(f"None of {', '.join(benchmark.methods)} has a preset '{preset}'.")
+
+
+def _apart(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A method's settings: its hyper-parameters, and what its stream is to be."""
+    hparams = {key: value for key, value in settings.items() if not key.startswith(OF_STREAM)}
+    return hparams, {key.removeprefix(OF_STREAM): settings[key] for key in settings.keys() - hparams.keys()}
 
 
 def _known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -248,23 +264,25 @@ def _candidate(
     from tta.datasets.corruptions import VALIDATION_CORRUPTIONS
 
     kind = config_class(methods.find(method))
-    settings = {**benchmark.methods[method], **point}
+    hparams, own = _apart(benchmark.methods[method])
+    settings = {**hparams, **point}
     by_steps = way == EPISODIC and "steps" in {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if by_steps:
         settings["steps"] = 1
     told = config.as_dict(config.build(kind, settings))  # "1e-3", as YAML reads it, becomes a number
     stream, protocol, model = place["stream"], place["protocol"], place["model"]
+    batch_size = own.pop("batch_size", benchmark.batch_size)
     cell = Cell(
         method=method,
         hparams={key: told[key] for key in settings},
         stream=stream,
-        stream_settings={**benchmark.streams[stream], **benchmark.protocols.get(protocol, {})},
+        stream_settings={**benchmark.streams[stream], **benchmark.protocols.get(protocol, {}), **own},
         protocol=protocol,
         model=model,
         **{"checkpoint": benchmark.checkpoint, **benchmark.models.get(model, {})},
         preset=place["preset"] if place["preset"] in config.load("method", method.rpartition(":")[2]) else None,
         source=benchmark.source,
-        batch_size=benchmark.batch_size,
+        batch_size=batch_size,
         reset=benchmark.reset,
         precision=benchmark.precision,
         clean=benchmark.clean,
@@ -368,7 +386,7 @@ def run(
         outcomes[cell.name] = outcome
         if report:
             report(cell, outcome, len(outcomes), len(todo))
-    return summarise(rows, outcomes, columns=benchmark.columns, published=benchmark.published)
+    return _summary(benchmark, rows, outcomes)
 
 
 def tune(what: str | Path | Mapping[str, Any], *, settings: Mapping[str, Any] | None = None, **options: Any) -> Summary:
@@ -393,4 +411,15 @@ def table(folder: str | Path) -> Summary:
     rows = entries(benchmark)
     found = {cell.name: cells.read(Path(folder) / CELLS, cell) for cell in in_order(rows)}
     outcomes = {name: outcome for name, outcome in found.items() if outcome is not None}
-    return summarise(rows, outcomes, columns=benchmark.columns, published=benchmark.published)
+    return _summary(benchmark, rows, outcomes)
+
+
+def _summary(benchmark: Benchmark, rows: Sequence[Entry], outcomes: Mapping[str, Outcome]) -> Summary:
+    return summarise(
+        rows,
+        outcomes,
+        columns=benchmark.columns,
+        metrics=benchmark.metrics,
+        by_error=benchmark.order == "error",
+        published=benchmark.published,
+    )

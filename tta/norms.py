@@ -149,9 +149,12 @@ class _NormaliseRows(torch.autograd.Function):
         means, variances = (part.view(k, -1) for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
-        mean_k, var_k, weight_k, bias_k = (part.repeat(k) for part in (mean, var, weight, bias))
-        out = torch.native_batch_norm(wide, weight_k, bias_k, mean_k, var_k, False, 0.0, eps)[0]
-        return _narrow(out, x), mean, var
+        gain = weight * (var + eps).rsqrt()
+        # Written through a view, not returned as one: what a view of a custom function's making holds, no activation may
+        # replace in place.
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        torch.addcmul(_repeated(bias - mean * gain, k), wide, _repeated(gain, k), out=_wide(out)[0])
+        return out, mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -174,10 +177,10 @@ class _NormaliseRows(torch.autograd.Function):
         gain, count = weight * scale, x.numel() // len(mean)
         slope = gain * scale * of_weight / -count
         offset = gain * of_bias / -count - slope * mean
-        shape = (1, -1, 1, 1)
-        of_x = torch.addcmul(offset.repeat(k).view(shape), wide, slope.repeat(k).view(shape))
-        of_x.addcmul_(of_out, gain.repeat(k).view(shape))
-        return _narrow(of_x, x), of_weight, of_bias, None
+        of_x = torch.empty_like(x, memory_format=torch.channels_last)
+        torch.addcmul(_repeated(offset, k), wide, _repeated(slope, k), out=_wide(of_x)[0])
+        _wide(of_x)[0].addcmul_(of_out, _repeated(gain, k))
+        return of_x, of_weight, of_bias, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -211,10 +214,9 @@ def _wide(x: Tensor) -> tuple[Tensor, int]:
     return rows.permute(0, 3, 1, 2), k
 
 
-def _narrow(wide: Tensor, like: Tensor) -> Tensor:
-    """What :func:`_wide` made wide, in the shape it had."""
-    batch, channels, height, width = like.shape
-    return wide.permute(0, 2, 3, 1).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+def _repeated(values: Tensor, k: int) -> Tensor:
+    """One value a channel as (1, k * channels, 1, 1)."""
+    return values.repeat(k).view(1, -1, 1, 1)
 
 
 class BlendedBatchNorm(nn.Module):

@@ -238,7 +238,7 @@ class Comparison:
             low, high = (run.interval.low, run.interval.high) if run.interval else (None, None)
             interval = [run.difference, low, high] if self.baseline else []
             errors = [_error(run, column) for column in (*self.domains, MEAN)]
-            metrics = [_find_metric(run.result, name) for name in self.metrics]
+            metrics = [run.result.metric(name) for name in self.metrics]
             records.append([*run.settings.values(), run.label, *errors, *interval, run.result.seconds, *metrics])
         return records
 
@@ -271,7 +271,7 @@ def compare(results: Iterable[Result], baseline: str | None = None, *, metrics: 
     if not results:
         raise ValueError("Nothing to compare: got no results.")
     for name in metrics:
-        if all(_find_metric(result, name) is None for result in results):
+        if all(result.metric(name) is None for result in results):
             known = dict.fromkeys(key for result in results for key in _numbers(result))
             raise ValueError(f"No result has a metric '{name}'. There are: {', '.join(known) or 'none'}.")
     settings = [_settings(result) for result in results]
@@ -421,23 +421,13 @@ def _cell(run: Run, column: str, group: Group) -> Text:
     return Text(text, style="bold" if best else "")
 
 
-def _find_metric(result: Result, name: str) -> float | None:
-    """A metric by its dotted name; None where the run has none, or it is not defined."""
-    value: Any = result.metrics
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value if isinstance(value, (int, float)) else None
-
-
 def _numbers(result: Result) -> list[str]:
-    return [name for name in result.metrics if _find_metric(result, name) is not None]
+    return [name for name in result.metrics if result.metric(name) is not None]
 
 
 def _metric(result: Result, name: str) -> str:
-    value = _find_metric(result, name)
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+    value = result.metric(name)
+    return "-" if value is None else tables.measured(value)
 
 
 def _heading(run: Run, varying: Sequence[str], group: Group) -> str:

@@ -133,6 +133,15 @@ class Result:
         """Samples scored, over all domains."""
         return sum(row.samples for row in self.rows)
 
+    def metric(self, name: str) -> float | None:
+        """A number of :attr:`metrics` by its dotted name, or ``samples``; None where there is none, or it is not defined."""
+        if name == "samples":
+            return self.samples
+        value: Any = self.metrics
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value if isinstance(value, (int, float)) else None
+
     @property
     def curves(self) -> "pandas.DataFrame":
         """The run batch by batch, a row a batch; the columns are those of :func:`tta.curves.per_batch`.

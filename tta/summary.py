@@ -1,5 +1,6 @@
 """The table of a benchmark: mean and standard deviation over seeds, grouped by protocol and by how things were selected."""
 
+import dataclasses
 import html
 import io
 import math
@@ -61,6 +62,7 @@ class Line:
         values: column -> seed -> error in percent; the mean over columns is one of them.
         difference: of the mean to the baseline's, over the seeds that both have; percentage points.
         published: mean error that was published, in percent.
+        measured: further metrics by name, over seeds.
         problems: cells without a result: which, and why.
     """
 
@@ -70,6 +72,7 @@ class Line:
     values: Mapping[str, Mapping[int, float]]
     difference: Score | None = None
     published: float | None = None
+    measured: Mapping[str, Score] = field(default_factory=dict)
     problems: tuple[tuple[str, str], ...] = ()
 
     def score(self, column: str) -> Score | None:
@@ -99,12 +102,14 @@ class Section:
         way: name of the way of selection; None where nothing was selected.
         columns: domains or streams, the mean left out.
         lines: one a method, or a point of its grid.
+        metrics: names of what is shown behind the errors.
     """
 
     place: Mapping[str, str]
     way: str | None
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
+    metrics: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -168,6 +173,8 @@ class Summary:
                 record["seeds"] = mean.seeds if mean else 0
                 record[f"vs {BASELINE}"] = line.difference.mean if line.difference else None
                 record["published"] = line.published
+                for name in section.metrics:
+                    record[name] = line.measured[name].mean if name in line.measured else None
                 record["problems"] = "; ".join(dict.fromkeys(reason for _, reason in line.problems))
                 records.append(record)
         return pandas.DataFrame(records)
@@ -240,12 +247,18 @@ class Summary:
             yield Text(remark, style="dim")
 
     def _terminal(self, section: Section, width: int) -> Iterator[Table]:
-        """Domains down, methods across; methods that do not fit side by side go below."""
-        head, *rows = zip(
-            self._header(section, short=False),
-            *self._rows(section, "[bold]{}[/]".format, "[underline]{}[/]".format, _quoted, " ± "),
-            strict=True,
-        )
+        """Domains down, methods across; methods that do not fit side by side go below. Without domains, methods down."""
+        head = self._header(section, short=False)
+        lines = list(self._rows(section, "[bold]{}[/]".format, "[underline]{}[/]".format, _quoted, " ± "))
+        if not section.columns:
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+            for number, name in enumerate(head):
+                table.add_column(name.replace("_", " "), justify="right" if number else "left", no_wrap=number == 0)
+            for line in lines:
+                table.add_row(*map(Text.from_markup, line))
+            yield table
+            return
+        head, *rows = zip(head, *lines, strict=True)
         first = max(len(str(row[0])) for row in rows)
         words = max(len(word) for cells in [head, *rows] for cell in cells[1:] for word in _bare(cell).split())
         size = max(13, min(words, 16))
@@ -261,7 +274,8 @@ class Summary:
 
     def _header(self, section: Section, short: bool = True) -> list[str]:
         columns = tables.shortened(section.columns) if short else section.columns
-        return ["method", *(["selected"] if section.way else []), *columns, MEAN, *self._versus(section)]
+        selected = ["selected"] if section.way else []
+        return ["method", *selected, *columns, MEAN, *self._versus(section), *section.metrics]
 
     def _rows(self, section: Section, best: Style, second: Style, quote: Style, sign: str) -> Iterator[list[str]]:
         columns = (*section.columns, MEAN)
@@ -282,7 +296,8 @@ class Summary:
                 cells.append(line.difference.shown(tables.signed, sign) if line.difference else "-")
             if any(other.published is not None for other in section.lines):
                 cells.append(line.versus_published)
-            yield cells
+            shown = [line.measured.get(name) for name in section.metrics]
+            yield cells + ["-" if score is None else tables.measured(score.mean) for score in shown]
 
     def _versus(self, section: Section) -> list[str]:
         published = any(line.published is not None for line in section.lines)
@@ -333,6 +348,8 @@ def summarise(
     outcomes: Mapping[str, Outcome],
     *,
     columns: str | None = None,
+    metrics: Sequence[str] = (),
+    by_error: bool = False,
     published: str | None = None,
 ) -> Summary:
     """The table of a benchmark's entries.
@@ -340,7 +357,10 @@ def summarise(
     Args:
         rows: see :func:`tta.benchmark.entries`.
         outcomes: by the names of the cells; a cell that is not there has not been run.
-        columns: ``"domain"``, or ``"stream"`` with the mean error of each; left out, streams where there are several.
+        columns: ``"domain"``, ``"stream"`` with the mean error of each, or ``"mean"``; left out, streams where there are
+            several.
+        metrics: shown behind the errors: names in :attr:`tta.Result.metrics`, or ``"samples"``.
+        by_error: sort the lines of a section by their mean error, those without one last.
         published: name of a published table to compare the means with.
 
     Raises:
@@ -360,20 +380,29 @@ def summarise(
             # A method has one line over several streams, though each stream may select other settings.
             words = "" if way else repr(chosen.settings)
             lines.setdefault(f"{row.method} {words}", []).append((row, chosen))
-        found = [_line(parts, outcomes, by_stream) for parts in lines.values()]
+        found = [_line(parts, outcomes, by_stream, metrics) for parts in lines.values()]
+        if by_error:
+            found.sort(key=lambda line: score.mean if (score := line.score(MEAN)) else math.inf)
         names = [row.place["stream"] for row in members] if by_stream else [c for line in found for c in line.values]
         section = Section(
             place=dict(place),
             way=way,
-            columns=tuple(dict.fromkeys(name for name in names if name != MEAN)),
+            columns=() if columns == MEAN else tuple(dict.fromkeys(name for name in names if name != MEAN)),
             lines=tuple(found),
+            metrics=tuple(metrics),
         )
         sections.append(_compared(section, known))
     return Summary(sections=tuple(sections), notes=tuple(_notes(sections, known)))
 
 
-def _line(parts: Sequence[tuple[Entry, Candidate]], outcomes: Mapping[str, Outcome], by_stream: bool) -> Line:
+def _line(
+    parts: Sequence[tuple[Entry, Candidate]],
+    outcomes: Mapping[str, Outcome],
+    by_stream: bool,
+    metrics: Sequence[str],
+) -> Line:
     values: dict[str, dict[int, float]] = {}
+    measured: dict[str, list[float]] = {name: [] for name in metrics}
     problems = []
     for row, chosen in parts:
         for cell in chosen.cells:
@@ -386,6 +415,9 @@ def _line(parts: Sequence[tuple[Entry, Candidate]], outcomes: Mapping[str, Outco
             )
             for column, error in errors.items():
                 values.setdefault(column, {})[cell.seed] = error
+            for name in metrics:
+                value = outcome.metric(name)
+                measured[name] += [] if value is None else [value]
         rivals = [cell for candidate in row.candidates for cell in candidate.tuning]
         problems += [
             _problem(row, cell, outcomes.get(cell.name))
@@ -405,6 +437,7 @@ def _line(parts: Sequence[tuple[Entry, Candidate]], outcomes: Mapping[str, Outco
         settings=selected[0] if all(one == selected[0] for one in selected) else {"selected": "per stream"},
         is_oracle=row.way is not None and WAYS[row.way].is_oracle and _is_selected(row),
         values=values,
+        measured={name: score for name, found in measured.items() if (score := Score.of(found))},
         problems=tuple(problems),
     )
 
@@ -431,7 +464,7 @@ def _compared(section: Section, known: "published_tables.Published | None") -> S
         told["difference"] = Score.of(both) if line.method != BASELINE else None
         told["published"] = known.mean(line.method) if known is not None and fits else None
         lines.append(Line(**told))
-    return Section(place=section.place, way=section.way, columns=section.columns, lines=tuple(lines))
+    return dataclasses.replace(section, lines=tuple(lines))
 
 
 def _notes(sections: Sequence[Section], known: "published_tables.Published | None") -> Iterator[str]:

@@ -37,6 +37,13 @@ def signed(value: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text
 
 
+def measured(value: float) -> str:
+    """A metric, with as many decimals as its size calls for."""
+    if abs(value) < 10:
+        return f"{value:.3f}"
+    return f"{value:.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.1f}"
+
+
 def shortened(domains: Sequence[str]) -> list[str]:
     """The papers' short names of the corruptions; the names as they are where two would become one."""
     short = [SHORT.get(domain, domain) for domain in domains]
