@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms import functional as F
 
@@ -28,6 +29,7 @@ HASHED = (
     200  # files of a domain whose every byte the manifest's hash covers, evenly spread; of the others name and size
 )
 
+ON_ERROR = ("raise", "skip")  # what becomes of files that cannot be decoded
 MANIFEST = "tta-corrupt.json"  # in a folder that `tta corrupt` wrote
 
 
@@ -230,7 +232,7 @@ class FileImages:
         name: of the domain.
         folder: the paths of ``files`` are below it.
         files: which, their labels and numbers.
-        geometry: how a picture becomes an image.
+        geometry: how a picture becomes an image, uint8 (3, height, width).
         classes: what the labels count.
         origin: where the images come from, in words.
     """
@@ -240,7 +242,7 @@ class FileImages:
         name: str,
         folder: Path,
         files: FileList,
-        geometry: Geometry,
+        geometry: Geometry | Callable[[Any], Tensor],
         *,
         classes: Classes | None = None,
         origin: str | None = None,
@@ -306,7 +308,7 @@ class FileImages:
             picture = F.pil_to_tensor(pil_loader(self.path(0)))
         except (OSError, SyntaxError, ValueError):  # it is named when its turn comes
             return
-        if self.geometry.enlarges_a_crop(picture):
+        if isinstance(self.geometry, Geometry) and self.geometry.enlarges_a_crop(picture):
             crop, resize = self.geometry.crop, self.geometry.resize
             warnings.warn(
                 f"The pictures in '{self.folder}' have {crop} x {crop} pixels and look cropped already; they are enlarged to "
@@ -344,8 +346,9 @@ class FileImages:
         except FileNotFoundError:
             raise FileNotFoundError(f"There is no '{file}' (any more).") from None
         except (OSError, SyntaxError, ValueError) as error:  # Pillow: a broken PNG is a SyntaxError
+            reason = str(error).partition(" <")[0]  # Pillow names its own file object
             raise ValueError(
-                f"'{file}' cannot be used as an image: {error}. It has {file.stat().st_size} bytes. Get it again, or "
+                f"'{file}' cannot be used as an image: {reason}. It has {file.stat().st_size} bytes. Get it again, or "
                 "leave such files out with on_error=skip where the stream has it."
             ) from None
 
@@ -355,6 +358,25 @@ class FileImages:
         except ValueError:
             return False
         return True
+
+
+class FilesDataset(Dataset[Any]):
+    """Image files as a dataset of (image, label), or of images alone where no class is known.
+
+    Args:
+        domain: gives the images, all of one size.
+    """
+
+    def __init__(self, domain: FileImages) -> None:
+        self.domain = domain
+        self._labelled = bool((domain.labels != UNKNOWN).any())
+
+    def __len__(self) -> int:
+        return len(self.domain.files)
+
+    def __getitem__(self, position: int) -> Any:
+        image = self.domain.images(torch.tensor([position]))[0]
+        return (image, int(self.domain.labels[position])) if self._labelled else image
 
 
 class CorruptedFiles:

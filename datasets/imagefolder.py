@@ -7,6 +7,7 @@ from pathlib import Path
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import UNKNOWN, Classes
 from tta.datasets.files import (
+    ON_ERROR,
     CorruptedFiles,
     FileImages,
     FileList,
@@ -70,8 +71,8 @@ def domains(
     """
     folder = data_folder(root)
     geometry = Geometry(resize, crop, squash, interpolation)
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error is 'raise' or 'skip'; got {on_error!r}.")
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {' or '.join(map(repr, ON_ERROR))}; got {on_error!r}.")
     parts = [(folder.resolve().name, folder)] if domains is None else [(name, folder / name) for name in domains]
     names = subfolders(parts[0][1]) if labels else []
     if labels and not names:

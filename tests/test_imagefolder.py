@@ -1,6 +1,10 @@
 """``imagefolder`` and ``imagefolder-c``: folders of any user, their classes, and every kind of bad file."""
 
 import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +16,10 @@ from torchvision.datasets import ImageFolder
 import tta
 from tta.datasets import catalog
 from tta.datasets.domains import UNKNOWN
+from tta.datasets.files import FileImages
 from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
+from tta.datasets.stream import Stream
 from tta.engine import OnlineModule
 
 PUBLISHED = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
@@ -165,6 +171,57 @@ def test_a_folder_without_labels_is_predicted_and_not_scored(tmp_path):
     flat = stream(tmp_path, labels=False)
     assert [batch.labels.tolist() for batch in flat] == [[UNKNOWN] * 3]
     flat.check_logits(7)  # any model will do
+
+
+# ---------------------------------------------------------------------- reading ahead
+
+
+def test_workers_change_no_bit_of_what_is_learned(folder, cnn, device):
+    def learned(num_workers):
+        classes = {"bird": 0, "cat": 1, "dog": 2}
+        made = stream(
+            folder,
+            "imagefolder-c",
+            corruptions=["contrast", "spatter"],
+            resize=36,
+            crop=32,
+            batch_size=4,
+            class_map=classes,
+            mask=False,
+        )
+        adapter = tta.adapt(cnn, "tent", lr=0.1)
+        accelerator = "gpu" if device.type == "cuda" else "cpu"
+        tta.evaluate(adapter, made, progress=False, accelerator=accelerator, num_workers=num_workers)
+        return adapter.state_dict()
+
+    one, two = learned(0), learned(2)
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_are_pinned(folder):
+    batches = list(stream(folder, batch_size=4).loader(2, pin_memory=True))
+    assert all(batch.images.is_pinned() and batch.images.dtype == torch.uint8 for batch in batches)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_stays_flat_over_many_files(tmp_path):
+    """4 500 pictures that would take 220 MB: after the first fifth, no more than a tenth of that is added, worker included."""
+    write(tmp_path / "a" / "0.jpg", (128, 128))
+    for number in range(1, 300):
+        os.link(tmp_path / "a" / "0.jpg", tmp_path / "a" / f"{number}.jpg")
+
+    def resident():
+        processes = ["self", *(child.pid for child in multiprocessing.active_children())]
+        pages = [int(Path(f"/proc/{process}/statm").read_text().split()[1]) for process in processes]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    files = stream(tmp_path, resize=None, crop=None).domains[0].files
+    geometry = Geometry()
+    domains = [FileImages(str(n), tmp_path, files, geometry) for n in range(15)]
+    sizes = [resident() for _ in Stream("many", domains, batch_size=50).loader(1)]
+    assert len(sizes) == 90
+    assert max(sizes[18:]) - sizes[18] < 22
 
 
 # ---------------------------------------------------------------------- bad files

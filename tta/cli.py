@@ -65,7 +65,7 @@ Write a corrupted copy of images, laid out and saved as the published sets are. 
 SRC:        a folder CLASS/IMAGE; clean CIFAR as torchvision downloads it; or an .npy file, uint8 (n, height, width, 3)
 DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json tells how it was made
 settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a folder's images resize=256 crop=224
-            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless)
+            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless); on_error=skip leaves broken files out
 example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
 """
 
@@ -392,7 +392,7 @@ def _usage() -> Iterator[None]:
     """While a run is being set up, what does not fit is the user's mistake and not a failed run."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -498,7 +498,7 @@ def _source(arguments: argparse.Namespace) -> int:
 def _corrupt(arguments: argparse.Namespace) -> int:
     from tta.datasets.write import write_corrupted
 
-    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality")
+    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality", "on_error")
     settings = {}
     for word in arguments.words:
         key, equals, text = word.partition("=")

@@ -135,6 +135,10 @@ def model_specs(request: Request) -> list[str]:
         raise config.ConfigError(
             f"Stream '{request.stream}' has no model of its own: name one, such as model=timm:resnet50."
         )
+    if request.run.checkpoint and len(models) > 1:
+        raise config.ConfigError(
+            f"checkpoint= is for one model, and stream '{request.stream}' has {', '.join(models)}: say which, model={models[0]}."
+        )
     return list(models)
 
 
@@ -171,7 +175,8 @@ def source_images(model: Any, request: Request) -> Any:
     given = request.run.source
     if given is not None and not Path(given).is_dir():
         return given
-    return catalog.source_images(given or request.stream, model.preprocessing)
+    on_error = request.stream_settings.get("on_error", "raise")
+    return catalog.source_images(given or request.stream, model.preprocessing, on_error=on_error)
 
 
 def record(model: Any, needs: list[Any], images: Any, run: RunConfig, **options: Any) -> Any:
