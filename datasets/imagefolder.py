@@ -172,7 +172,14 @@ def numbered(folders: Sequence[str], class_map: ClassMap, mask: bool) -> tuple[l
 def _read_map(class_map: str | Path | Mapping[str, int | None]) -> Mapping[str, int | None]:
     if class_map == "imagenet":
         return {wnid: number for number, wnid in enumerate(WNIDS)}
-    read = class_map if isinstance(class_map, Mapping) else json.loads(Path(class_map).read_text(encoding="utf-8"))
+    try:
+        read = class_map if isinstance(class_map, Mapping) else json.loads(Path(class_map).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"There is no class_map '{class_map}'. It is 'imagenet', a mapping or a JSON file."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"class_map '{class_map}' is no JSON file: {error}.") from None
     if not isinstance(read, Mapping) or not all(v is None or (isinstance(v, int) and v >= 0) for v in read.values()):
         raise ValueError(
             f"class_map is 'imagenet', or maps folder names to outputs of the model (0, 1, ...) or null; got {class_map!r}."

@@ -113,6 +113,7 @@ def test_list_has_a_line_for_each(what, capsys):
         (["model=digits-cnn", "mean=[0.5,0.5]"], "mean and std are three numbers each"),
         (["preset=cifar", "tent"], "no preset 'cifar'"),
         (["seed=x"], "seed"),
+        (["batch_size=0"], "batch_size is 1 or more; got 0"),
     ],
 )
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(words, message, tmp_path, capsys):

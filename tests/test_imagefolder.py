@@ -335,6 +335,11 @@ def test_a_class_map_selects_outputs_of_the_model(folder, tmp_path):
         errors(Logits(7), open_world)
     with pytest.raises(ValueError, match=r"does not name 1 of the 3 class folders: dog\. Give each"):
         stream(folder, class_map={"bird": 7, "cat": 1})
+    with pytest.raises(FileNotFoundError, match=r"no class_map 'none\.json'\. It is 'imagenet'"):
+        stream(folder, class_map="none.json")
+    file.write_text("<html>")
+    with pytest.raises(ValueError, match=r"map\.json' is no JSON file: Expecting value"):
+        stream(folder, class_map=str(file))
     with pytest.raises(ValueError, match="class_map is 'imagenet', or maps folder names"):
         stream(folder, class_map={"bird": "seven", "cat": 1, "dog": 2})
 

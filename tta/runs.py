@@ -59,8 +59,8 @@ def make_stream(request: Request) -> Any:
     run = request.run
     if run.reset is not None:
         reset_period(run.reset)
-    batch_size = run.batch_size or defaults.pop("batch_size", 64)
-    defaults.pop("batch_size", None)
+    of_stream = defaults.pop("batch_size", 64)
+    batch_size = of_stream if run.batch_size is None else run.batch_size
     if run.protocol == "ccc":
         defaults.pop("severity", None)  # its severities change
     settings = {**defaults, **request.stream_settings}
