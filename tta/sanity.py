@@ -6,7 +6,7 @@ show before anything is adapted.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,30 +148,24 @@ class _Trial:
     chance: float
 
 
-def _causes(model: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Mistakes of the normalisation, in words, each with what it takes to undo it in front of the model."""
+def _causes(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Mistakes of the normalisation, in words, each with the scale and the shift of the images that undo it."""
     own: Any = getattr(model, "preprocessing", {})
-    mine = (tuple(own["mean"]), tuple(own["std"])) if "mean" in own else None
-    inside = {"the model's own": mine} if mine not in (None, (NO_MEAN, NO_STD)) else {}
-    for name, (mean, std) in {**inside, **{name: pair for name, pair in KNOWN.items() if pair != mine}}.items():
-        twice = f"It is normalised twice, by {name} mean and std: take one of the two away."
-        yield twice, lambda x, mean=mean, std=std: x * _channels(std, x) + _channels(mean, x)
-    for name, (mean, std) in KNOWN.items():
-        if (mean, std) == mine:
-            continue
-        found = (
-            "normalised by other values than the weights expect:" if inside else "never normalised: the weights expect"
-        )
-        m, s = mine or (NO_MEAN, NO_STD)  # which the model takes away again
-
-        def instead(x: Tensor, mean: Any = mean, std: Any = std, m: Any = m, s: Any = s) -> Tensor:
-            return (x - _channels(mean, x)) / _channels(std, x) * _channels(s, x) + _channels(m, x)
-
-        yield f"It is {found} {name} mean and std. Give them as mean=, std=.", instead
+    mine = (tuple(own["mean"]), tuple(own["std"])) if "mean" in own else (NO_MEAN, NO_STD)
+    inside = {} if mine == (NO_MEAN, NO_STD) else {"the model's own": mine}
+    others = {name: pair for name, pair in KNOWN.items() if pair != mine}
+    for name, pair in {**inside, **others}.items():
+        mean, std = _channels(*pair)
+        yield f"It is normalised twice, by {name} mean and std: take one of the two away.", std, mean
+    wrong = "normalised by other values than the weights expect:" if inside else "never normalised: the weights expect"
+    m, s = _channels(*mine)  # which the model takes away again
+    for name, pair in others.items():
+        mean, std = _channels(*pair)
+        yield f"It is {wrong} {name} mean and std. Give them as mean=, std=.", s / std, m - mean * s / std
 
 
-def _channels(values: Any, images: Tensor) -> Tensor:
-    return torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+def _channels(*values: Any) -> Iterator[Tensor]:
+    return (torch.tensor(each).view(1, 3, 1, 1) for each in values)
 
 
 def _best_trial(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> _Trial | None:
@@ -179,10 +173,11 @@ def _best_trial(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor
     images, labels = images[:TRIED], labels[:TRIED]
     right = logits[:TRIED].argmax(1) == labels
     best: tuple[int, int, str] | None = None
-    for cause, undo in _causes(model):
+    for cause, scale, shift in _causes(model):
+        scale, shift = scale.to(images.device), shift.to(images.device)
         fixed = broken = 0
         for some, known, before in zip(*(t.split(AT_ONCE) for t in (images, labels, right)), strict=True):
-            after = _predict(model, undo(some)).argmax(1) == known
+            after = _predict(model, some * scale + shift).argmax(1) == known
             fixed += int((after & ~before).sum())
             broken += int((before & ~after).sum())
             if fixed < broken:
