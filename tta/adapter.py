@@ -119,6 +119,7 @@ class Adapter(nn.Module):
             self.source_statistics: list[dict[str, Any]] = []  # for the manifest: what the method knows of the source
             self.known = self._look_up(source)  # one entry a need; a method keeps what it wants of them in buffers
             self.configure_model()
+            super()._apply(lambda tensor: tensor.to(self.device))  # memories are made on the CPU, wherever the model is
             self.known = []
             self.optimizer = self._new_optimizer()
             self._source = {key: None if value is None else value.detach().clone() for key, value in self._tensors()}
