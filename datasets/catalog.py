@@ -2,18 +2,19 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset
 
 from tta.datasets.domains import Classes, DatasetImages, Domain
+from tta.datasets.files import FileImages, FilesDataset, list_flat, list_images, subfolders
+from tta.datasets.geometry import fitted
 from tta.datasets.protocols import PROTOCOLS
 from tta.datasets.stream import Stream, check
 
@@ -109,17 +110,20 @@ def stream(
     )
 
 
-def source_images(name: str, size: Sequence[int] | None = None) -> Tensor | Dataset[Any]:
+def source_images(
+    name: str, preprocessing: Mapping[str, Any] | None = None, *, on_error: str = "raise"
+) -> Tensor | Dataset[Any]:
     """Clean images of the source domain, for :meth:`tta.SourceStatistics.record` and ``source=``.
 
     Args:
-        name: a stream (the images its source models were trained on), or a folder ``CLASS/IMAGE`` as
-            ``torchvision.datasets.ImageFolder`` reads it; its order is shuffled once and for all, so that the first so
-            many images are of all classes.
-        size: height and width of the model's input. A folder's images of another size are resized to 8/7 of it along
-            their shorter side and cropped. Left out: they stay as they are.
+        name: a stream (the images its source models were trained on), or a folder ``CLASS/IMAGE``, or one of images alone,
+            without labels then; its order is shuffled once and for all, so that the first so many are of all classes.
+        preprocessing: that of the model. A folder's images of another size than its input are resized and cropped as its
+            weights expect, see :func:`tta.datasets.geometry.fitted`. Left out: they stay as they are.
+        on_error: a file that cannot be decoded is an error (``"raise"``) when it comes, or is left out (``"skip"``).
 
     Raises:
+        FileNotFoundError: a folder without images.
         ValueError: the stream offers no source images, or there is neither such a stream nor such a folder.
     """
     if name in STREAMS:
@@ -129,17 +133,14 @@ def source_images(name: str, size: Sequence[int] | None = None) -> Tensor | Data
                 f"Stream '{name}' offers no source images. Name a folder of images, or statistics saved by `tta source`, as source=PATH."
             )
         return make()
-    if not Path(name).is_dir():
+    folder = Path(name)
+    if not folder.is_dir():
         raise ValueError(_unknown("folder of images or stream", name, STREAMS))
-    folder = ImageFolder(name, lambda image: _fitted(image, size))
-    return Subset(folder, torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist())
-
-
-def _fitted(image: Any, size: Sequence[int] | None) -> Tensor:
-    pixels = transforms.functional.pil_to_tensor(image)
-    if size is None or pixels.shape[1:] == tuple(size):
-        return pixels
-    return transforms.functional.center_crop(transforms.functional.resize(pixels, [max(size) * 8 // 7]), list(size))
+    classes = subfolders(folder)
+    files = list_images(folder, classes) if classes else list_flat(folder)
+    files = files[torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
+    images = FileImages("source", folder, files, partial(fitted, preprocessing=preprocessing or {}))
+    return FilesDataset(images.without_unreadable() if on_error == "skip" else images)
 
 
 def classes_of(name: str) -> Classes | None:

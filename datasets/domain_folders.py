@@ -8,7 +8,6 @@ from tta.datasets.domains import Classes
 from tta.datasets.files import (
     FileImages,
     FileList,
-    Geometry,
     check_exist,
     find_folder,
     list_images,
@@ -16,6 +15,7 @@ from tta.datasets.files import (
     some,
     subfolders,
 )
+from tta.datasets.geometry import Geometry
 
 
 class _Published(NamedTuple):

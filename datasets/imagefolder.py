@@ -7,16 +7,17 @@ from pathlib import Path
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import UNKNOWN, Classes
 from tta.datasets.files import (
+    ON_ERROR,
     CorruptedFiles,
     FileImages,
     FileList,
-    Geometry,
     data_folder,
     list_flat,
     list_images,
     some,
     subfolders,
 )
+from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
 
 ClassMap = str | Path | Mapping[str, int | None] | None
@@ -32,6 +33,7 @@ def domains(
     resize: int | None = 256,
     crop: int | None = 224,
     squash: bool = False,
+    interpolation: str = "bilinear",
     by_class: bool = False,
     samples: int | None = None,
     on_error: str = "raise",
@@ -40,7 +42,8 @@ def domains(
     """The images of ``root/CLASS/*.jpg``, or of ``root/DOMAIN/CLASS/*.jpg`` for each of the domains named.
 
     Pictures of any size and of every kind that torchvision's ``ImageFolder`` reads. They are shuffled, always in the
-    same way: a folder has no order but that of its classes, which would ruin batch statistics.
+    same way: a folder has no order but that of its classes, which would ruin batch statistics. Warns where they look
+    cropped already and would be enlarged.
 
     Args:
         root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
@@ -55,6 +58,7 @@ def domains(
         resize: pixels of the shorter side, null to keep the size.
         crop: side of the square taken from the middle, null for all of the picture.
         squash: resize both sides to ``resize``.
+        interpolation: of the resizing, ``"bilinear"`` as ImageNet-C was made, ``"bicubic"`` ... as the weights expect.
         by_class: class by class instead of shuffled.
         samples: only the first so many images of each domain.
         on_error: a file that cannot be decoded is an error (``"raise"``) when it comes, or is left out (``"skip"``): all
@@ -66,9 +70,9 @@ def domains(
         ValueError: domains of different classes, a class that ``class_map`` does not name, or a setting out of range.
     """
     folder = data_folder(root)
-    geometry = Geometry(resize, crop, squash)
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error is 'raise' or 'skip'; got {on_error!r}.")
+    geometry = Geometry(resize, crop, squash, interpolation)
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {' or '.join(map(repr, ON_ERROR))}; got {on_error!r}.")
     parts = [(folder.resolve().name, folder)] if domains is None else [(name, folder / name) for name in domains]
     names = subfolders(parts[0][1]) if labels else []
     if labels and not names:
@@ -89,6 +93,7 @@ def domains(
             )
         one = FileImages(name, place, _arranged(files, by_class).first(samples), geometry, classes=classes)
         made.append(one.without_unreadable() if on_error == "skip" else one)
+    made[0].warn_of_enlarging()
     return made
 
 
@@ -103,6 +108,7 @@ def corrupted(
     resize: int | None = 256,
     crop: int | None = 224,
     squash: bool = False,
+    interpolation: str = "bilinear",
     by_class: bool = False,
     samples: int | None = None,
     on_error: str = "raise",
@@ -118,7 +124,7 @@ def corrupted(
         corruptions: which, and in which order; those to tune on too.
         recipe: ``"imagenet"``, for images of about 224 pixels, or ``"cifar"``, for about 32.
         seed: of the draws.
-        root, class_map, mask, resize, crop, squash, by_class, samples, on_error: as for ``imagefolder``.
+        root, class_map, mask, resize, crop, squash, interpolation, by_class, samples, on_error: as for ``imagefolder``.
 
     Raises:
         ValueError: as ``imagefolder``; an unknown corruption, severity or recipe.
@@ -130,6 +136,7 @@ def corrupted(
         resize=resize,
         crop=crop,
         squash=squash,
+        interpolation=interpolation,
         by_class=by_class,
         samples=samples,
         on_error=on_error,
@@ -165,7 +172,14 @@ def numbered(folders: Sequence[str], class_map: ClassMap, mask: bool) -> tuple[l
 def _read_map(class_map: str | Path | Mapping[str, int | None]) -> Mapping[str, int | None]:
     if class_map == "imagenet":
         return {wnid: number for number, wnid in enumerate(WNIDS)}
-    read = class_map if isinstance(class_map, Mapping) else json.loads(Path(class_map).read_text(encoding="utf-8"))
+    try:
+        read = class_map if isinstance(class_map, Mapping) else json.loads(Path(class_map).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"There is no class_map '{class_map}'. It is 'imagenet', a mapping or a JSON file."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"class_map '{class_map}' is no JSON file: {error}.") from None
     if not isinstance(read, Mapping) or not all(v is None or (isinstance(v, int) and v >= 0) for v in read.values()):
         raise ValueError(
             f"class_map is 'imagenet', or maps folder names to outputs of the model (0, 1, ...) or null; got {class_map!r}."

@@ -13,7 +13,6 @@ from tta.datasets.domains import Classes
 from tta.datasets.files import (
     FileImages,
     FileList,
-    Geometry,
     check_exist,
     find_folder,
     list_images,
@@ -22,6 +21,7 @@ from tta.datasets.files import (
     some,
     subfolders,
 )
+from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
 
 # Kar et al., "3D Common Corruptions and Data Augmentation", CVPR 2022; in the order in which RobustBench lists them

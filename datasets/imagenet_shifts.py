@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tta.datasets.domains import Classes
-from tta.datasets.files import FileImages, Geometry, check_classes, find_folder, list_images, subfolders
+from tta.datasets.files import FileImages, check_classes, find_folder, list_images, subfolders
+from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import IMAGENET_A, IMAGENET_R, WNIDS
 
 # images of each, as published

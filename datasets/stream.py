@@ -256,15 +256,16 @@ class Stream(Dataset[Batch]):
             for n, order in enumerate(self._batches)
         ]
 
-    def loader(self, num_workers: int = 0, *, unfinished: bool = False) -> DataLoader[Batch]:
+    def loader(self, num_workers: int = 0, *, unfinished: bool = False, pin_memory: bool = False) -> DataLoader[Batch]:
         """The one DataLoader over the stream; worker processes read ahead and keep the order.
 
         Args:
             num_workers: processes.
             unfinished: leave images that are generated to :meth:`finish`, for a device faster at it than the workers.
+            pin_memory: put batches where a CUDA device copies them from while it computes.
         """
         dataset: Dataset[Batch] = _Unfinished(self) if unfinished else self
-        return DataLoader(dataset, batch_size=None, shuffle=False, num_workers=num_workers)
+        return DataLoader(dataset, batch_size=None, shuffle=False, num_workers=num_workers, pin_memory=pin_memory)
 
     def describe(self) -> dict[str, Any]:
         """The stream's part of a manifest: settings, order, image numbers and contents, hashed."""

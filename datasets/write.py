@@ -16,7 +16,8 @@ from torchvision.transforms import functional as F
 from tta import fingerprint
 from tta.datasets.cifar_c import CIFAR_10, CIFAR_100, CLASSES, clean_images, read_array
 from tta.datasets.corruptions import CORRUPTIONS, constants, corrupt
-from tta.datasets.files import MANIFEST, FileImages, Geometry, list_images, subfolders
+from tta.datasets.files import MANIFEST, ON_ERROR, FileImages, list_images, subfolders
+from tta.datasets.geometry import Geometry
 
 SEVERITIES = (1, 2, 3, 4, 5)
 QUALITY = 85  # of the JPEG files of ImageNet-C
@@ -34,6 +35,7 @@ def write_corrupted(
     resize: int | None = 256,
     crop: int | None = 224,
     quality: int | None = QUALITY,
+    on_error: str = "raise",
     workers: int = 0,
     progress: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, total: steps,
 ) -> int:
@@ -55,6 +57,8 @@ def write_corrupted(
         resize: pixels of the shorter side; of a folder's images.
         crop: side of the square taken from the middle; of a folder's images.
         quality: of the JPEG files, 1 to 95; None for PNG files, lossless.
+        on_error: of a folder's files that cannot be decoded: an error when they come (``"raise"``), or left out (``"skip"``), for
+            which all are decoded once beforehand.
         workers: processes; 0 works in this one.
         progress: given the steps and their number, gives the steps.
 
@@ -80,8 +84,13 @@ def write_corrupted(
         if not names:
             raise FileNotFoundError(f"'{source}' holds no class folders and no CIFAR: expected CLASS/IMAGE.")
         clean = FileImages("clean", source, list_images(source, names), Geometry(resize, crop))
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error is {' or '.join(map(repr, ON_ERROR))}; got {on_error!r}.")
+        clean = clean.without_unreadable() if on_error == "skip" else clean
+        clean.warn_of_enlarging()
         how |= {"format": "PNG" if quality is None else f"JPEG quality {quality}", "geometry": str(clean.geometry)}
         how["content"] = clean.describe()["content"]
+        how |= {"skipped": clean.skipped} if clean.skipped else {}
         tasks = _FileTasks(clean, target, corruptions, severities, how, quality)
     else:
         if tuple(severities) != SEVERITIES:

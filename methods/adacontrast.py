@@ -123,7 +123,7 @@ class AdaContrast(Adapter):
                 features, logits = taps.look(self.model, self._head, weak)
                 labels = self._refined(features, logits.softmax(1)).argmax(1)
             features, logits = taps.look(self.model, self._head, query)
-        memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=torch.ones((), device=x.device).bool())
+        memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=self.input_finite)
         with torch.no_grad():
             keys = F.normalize(taps.look(self.teacher, self._head, key)[0])
         negatives, negative_labels = self.keys.clone(), self.key_labels.clone()
@@ -143,7 +143,7 @@ class AdaContrast(Adapter):
         if config.bank == "released":  # its pointer lags a batch behind, once the bank is full
             start = torch.where(start >= config.queue_size, start - len(x), start)
         self._put(start, (self.bank_features, features), (self.bank_probabilities, logits.softmax(1)))
-        self.offered += len(x)
+        self.offered += len(x) * self.input_finite
 
     def _views(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One weak view and two strong ones."""
@@ -164,10 +164,10 @@ class AdaContrast(Adapter):
 
     @torch.no_grad()
     def _put(self, start: Tensor, *queues: tuple[Tensor, Tensor]) -> None:
-        """Put a row for each sample into the queues, from a place on and round; rows that are not finite are left out."""
+        """Put a row for each sample into the queues, from a place on and round; nothing of a batch that is not finite."""
         size = self.config.queue_size
         number = len(queues[0][1])
         slots = (start + torch.arange(number, device=start.device))[-size:] % size
-        finite = torch.stack([values.isfinite().all() for _, values in queues]).all()
+        finite = torch.stack([self.input_finite, *(values.isfinite().all() for _, values in queues)]).all()
         for queue, values in queues:
             queue[slots] = torch.where(finite, values[-size:].to(queue.dtype), queue[slots])

@@ -110,12 +110,13 @@ class OWTTT(Adapter):
         return matmul(F.normalize(features), self.known_prototypes.T) / self.config.delta
 
     def adapt(self, x: Tensor) -> Output:
-        for _ in range(self.config.steps):
+        for _ in range(self.config.steps if self.input_is_finite else 0):
             self._learn(x)
         with torch.no_grad():
             logits = self.predict(x)
             scores = 1 - self.config.delta * logits.amax(1)
-            self._push(self.inference_scores, scores)
+            if self.input_is_finite:
+                self._push(self.inference_scores, scores)
             self.threshold.copy_(self._split(self.inference_scores))
         return Output(logits, scores)
 
@@ -134,8 +135,7 @@ class OWTTT(Adapter):
             unknown = scores.double() >= threshold
             # How many images are aligned, and which become prototypes one after the other: the wait of each batch.
             seen = (~unknown).nonzero()[:, 0]
-            if self.input_is_finite:
-                self._expand(unit, scores, to_unknown[:, 0], unknown, threshold)
+            self._expand(unit, scores, to_unknown[:, 0], unknown, threshold)
         parameters, aligned, exact = self.parameters_to_adapt(), len(seen) > 1, self.config.gradients == "exact"
         loss = self.config.ce_scale * had_prototypes * self._classification(similarities, to_unknown, scores, unknown)
         gradients = gradients_of(loss, parameters, materialize=True) if exact else None

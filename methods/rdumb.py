@@ -68,7 +68,7 @@ class RDumb(Adapter):
                 weights = (e_margin - entropies).exp()
             self.update(masked_mean(weights * entropies, chosen), when=chosen.any())
             self.average = followed(self.average, probabilities, chosen)
-        self.batches += 1
+        self.batches += self.input_finite
         due = self.batches % self.config.reset_every == 0
         self.restore(due)
         assert self.average is not None

@@ -352,6 +352,26 @@ def test_state_nests_in_a_larger_module(cnn, batch):
     assert torch.equal(fresh["a"](batch), outer["a"](batch))
 
 
+def test_gradients_of_another_layout_than_the_weights_go_through_fused_kernels(wide, batch, monkeypatch):
+    class Contiguous(tta.Adapter):
+        config: tta.OptimizerConfig
+
+        def adapt(self, x):
+            logits = self.predict(x)
+            gradients = torch.autograd.grad(logits.square().mean(), self.parameters_to_adapt())
+            self.update(logits.sum(), gradients=[gradient.contiguous() for gradient in gradients])
+            return logits
+
+        def configure_model(self):
+            pass
+
+    expected = tta.adapt(wide, Contiguous)
+    monkeypatch.setattr(tta.Adapter, "_FUSED_ON", ("cpu",))  # the way of a GPU
+    fused = tta.adapt(wide, Contiguous)
+    for _ in range(3):
+        torch.testing.assert_close(fused(batch), expected(batch))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_defers_flags_and_agrees_with_the_cpu(cnn, batch):
     here, there = tta.adapt(cnn, "tent"), tta.adapt(cnn, "tent").cuda()

@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
 
+import tta
+from tta.cells import Cell, run_cell
 from tta.cli import main, parse_request
 
 QUICK = ["samples=20", "batch_size=10", "corruptions=[fog,contrast]"]
@@ -103,9 +107,13 @@ def test_list_has_a_line_for_each(what, capsys):
         (["reset=sometimes"], "reset is 'never', 'domain', 'batch'"),
         (["protocol=often"], "No protocol 'often'"),
         (["model=digits-cnm"], "No model 'digits-cnm'. Did you mean 'digits-cnn'"),
-        (["checkpoint=/no/such/file"], "No checkpoint at '/no/such/file'"),
+        (["model=digits-cnn", "checkpoint=/no/such/file"], "No checkpoint at '/no/such/file'"),
+        (["checkpoint=x"], "checkpoint= is for one model, .* has digits-cnn, digits-vit: say which, model=digits-cnn"),
+        (["model=digits-cnn", "num_classes=7"], "It is for 10 classes, the network is for 7"),
+        (["model=digits-cnn", "mean=[0.5,0.5]"], "mean and std are three numbers each"),
         (["preset=cifar", "tent"], "no preset 'cifar'"),
         (["seed=x"], "seed"),
+        (["batch_size=0"], "batch_size is 1 or more; got 0"),
     ],
 )
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(words, message, tmp_path, capsys):
@@ -115,6 +123,53 @@ def test_a_users_mistake_is_a_sentence_and_exit_code_2(words, message, tmp_path,
     assert "Traceback" not in found.err
     assert list(tmp_path.iterdir()) == []
     assert re.search(message, found.err)
+
+
+def test_words_may_stand_behind_an_option(tmp_path, capsys):
+    quick = ["corruptions=[fog]", "samples=20"]
+    assert main(["run", "--out", str(tmp_path), "digits-c", "source", *quick]) == 0
+    assert main(["run", "digits-c", "--out", str(tmp_path), "norm", *quick]) == 0
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+    for words in (["run", "--uot", "x"], ["list", "methods", "streams"]):
+        assert main(words) == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def pictures(folder):
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / name / f"{number}.png")
+    (folder / "dog" / "4.png").write_text("<html>404</html>")
+    return [f"root={folder}", "resize=null", "crop=null", "class_map=null", "batch_size=4"]
+
+
+def test_a_broken_picture_is_a_sentence_in_worker_processes_and_benchmarks_too(tmp_path, capsys):
+    save_file(
+        tta.load_model("digits-cnn", num_classes=2, pretrained=False).model.state_dict(), tmp_path / "two.safetensors"
+    )
+    model = ["model=digits-cnn", f"checkpoint={tmp_path / 'two.safetensors'}", "num_classes=2"]
+    words = ["imagefolder", "source", *pictures(tmp_path / "pets"), *model]
+    sentence = (
+        f"'{tmp_path / 'pets' / 'dog' / '4.png'}' cannot be used as an image: cannot identify image file. It has 16"
+    )
+    for workers in ("num_workers=0", "num_workers=1"):
+        assert main(["run", *words, workers, "--out", str(tmp_path / "out")]) == 1
+        told = capsys.readouterr().err
+        assert f"tta: {sentence}" in told
+        assert "Caught" not in told
+    assert main(["run", *words, "on_error=skip", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.startswith("tta: 1 of 12 files in ")
+    cell = Cell(
+        method="source",
+        stream="imagefolder",
+        stream_settings={"root": str(tmp_path / "pets"), "resize": None, "crop": None},
+        model="digits-cnn",
+        checkpoint=str(tmp_path / "two.safetensors"),
+        num_classes=2,
+        num_workers=1,
+    )
+    assert run_cell(cell).reason.startswith(sentence)
 
 
 def test_debug_shows_the_traceback(tmp_path):

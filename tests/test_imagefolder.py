@@ -1,6 +1,10 @@
 """``imagefolder`` and ``imagefolder-c``: folders of any user, their classes, and every kind of bad file."""
 
 import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +14,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import tta
+from tta.datasets import catalog
 from tta.datasets.domains import UNKNOWN
-from tta.datasets.files import Geometry
+from tta.datasets.files import FileImages
+from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
+from tta.datasets.stream import Stream
 from tta.engine import OnlineModule
 
 PUBLISHED = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
@@ -97,6 +104,48 @@ def test_geometry_is_told_and_checked(folder):
         list(stream(folder, resize=None, crop=290))
 
 
+def test_the_interpolation_is_chosen_and_told(folder):
+    made = stream(folder, interpolation="bicubic", batch_size=9)
+    (folder / ".cache").rmdir()  # a class to torchvision
+    bicubic = transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC)
+    reference = ImageFolder(folder, transforms.Compose([bicubic, *PUBLISHED.transforms[1:]]))
+    for image, index in zip(next(iter(made)).images, made.domains[0].index, strict=True):
+        assert torch.equal(image, reference[int(index)][0] / 255)
+    assert made.domains[0].describe()["geometry"] == "shorter side to 256 (bicubic), middle 224 x 224"
+    with pytest.raises(ValueError, match=r"interpolation is one of .*bicubic.*; got 'cubic'"):
+        stream(folder, interpolation="cubic")
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "imagefolder-c"])
+def test_pictures_that_are_cropped_already_are_not_enlarged_unnoticed(tmp_path, name, recwarn):
+    write(tmp_path / "a" / "0.jpg", (224, 224))
+    with pytest.warns(UserWarning, match=r"224 x 224 pixels and look cropped already.*resize=null crop=null"):
+        stream(tmp_path, name)
+    recwarn.clear()
+    stream(tmp_path, name, resize=None, crop=None)
+    stream(tmp_path, name, resize=224)
+    write(tmp_path / "a" / "0.jpg", (224, 225))
+    stream(tmp_path, name)
+    assert not recwarn.list
+
+
+def test_source_images_of_a_folder_are_what_the_weights_expect(tmp_path):
+    write(tmp_path / "a" / "0.png", (300, 250))
+    picture = Image.open(tmp_path / "a" / "0.png")
+
+    def source(**preprocessing):
+        return catalog.source_images(str(tmp_path), {"input_size": [64, 64], **preprocessing})[0][0]
+
+    bicubic = transforms.Resize(73, interpolation=transforms.InterpolationMode.BICUBIC)(picture)
+    cropped = transforms.functional.pil_to_tensor(transforms.CenterCrop(64)(bicubic))
+    assert torch.equal(source(resize=73, interpolation="bicubic", crop="center"), cropped)
+    assert torch.equal(source(interpolation="bicubic"), cropped)  # 8/7 of the input, where nobody says
+    assert not torch.equal(source(resize=73), cropped)
+    squashed = transforms.functional.pil_to_tensor(transforms.Resize((64, 64))(picture))
+    assert torch.equal(source(resize=64, crop="squash"), squashed)
+    assert catalog.source_images(str(tmp_path))[0][0].shape == (3, 250, 300)
+
+
 def test_domains_are_folders_with_the_same_classes(folder, tmp_path):
     both = tmp_path / "all"
     for name in ("night", "rain"):
@@ -122,6 +171,57 @@ def test_a_folder_without_labels_is_predicted_and_not_scored(tmp_path):
     flat = stream(tmp_path, labels=False)
     assert [batch.labels.tolist() for batch in flat] == [[UNKNOWN] * 3]
     flat.check_logits(7)  # any model will do
+
+
+# ---------------------------------------------------------------------- reading ahead
+
+
+def test_workers_change_no_bit_of_what_is_learned(folder, cnn, device):
+    def learned(num_workers):
+        classes = {"bird": 0, "cat": 1, "dog": 2}
+        made = stream(
+            folder,
+            "imagefolder-c",
+            corruptions=["contrast", "spatter"],
+            resize=36,
+            crop=32,
+            batch_size=4,
+            class_map=classes,
+            mask=False,
+        )
+        adapter = tta.adapt(cnn, "tent", lr=0.1)
+        accelerator = "gpu" if device.type == "cuda" else "cpu"
+        tta.evaluate(adapter, made, progress=False, accelerator=accelerator, num_workers=num_workers)
+        return adapter.state_dict()
+
+    one, two = learned(0), learned(2)
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_are_pinned(folder):
+    batches = list(stream(folder, batch_size=4).loader(2, pin_memory=True))
+    assert all(batch.images.is_pinned() and batch.images.dtype == torch.uint8 for batch in batches)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_stays_flat_over_many_files(tmp_path):
+    """4 500 pictures that would take 220 MB: after the first fifth, no more than a tenth of that is added, worker included."""
+    write(tmp_path / "a" / "0.jpg", (128, 128))
+    for number in range(1, 300):
+        os.link(tmp_path / "a" / "0.jpg", tmp_path / "a" / f"{number}.jpg")
+
+    def resident():
+        processes = ["self", *(child.pid for child in multiprocessing.active_children())]
+        pages = [int(Path(f"/proc/{process}/statm").read_text().split()[1]) for process in processes]
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    files = stream(tmp_path, resize=None, crop=None).domains[0].files
+    geometry = Geometry()
+    domains = [FileImages(str(n), tmp_path, files, geometry) for n in range(15)]
+    sizes = [resident() for _ in Stream("many", domains, batch_size=50).loader(1)]
+    assert len(sizes) == 90
+    assert max(sizes[18:]) - sizes[18] < 22
 
 
 # ---------------------------------------------------------------------- bad files
@@ -235,6 +335,11 @@ def test_a_class_map_selects_outputs_of_the_model(folder, tmp_path):
         errors(Logits(7), open_world)
     with pytest.raises(ValueError, match=r"does not name 1 of the 3 class folders: dog\. Give each"):
         stream(folder, class_map={"bird": 7, "cat": 1})
+    with pytest.raises(FileNotFoundError, match=r"no class_map 'none\.json'\. It is 'imagenet'"):
+        stream(folder, class_map="none.json")
+    file.write_text("<html>")
+    with pytest.raises(ValueError, match=r"map\.json' is no JSON file: Expecting value"):
+        stream(folder, class_map=str(file))
     with pytest.raises(ValueError, match="class_map is 'imagenet', or maps folder names"):
         stream(folder, class_map={"bird": "seven", "cat": 1, "dog": 2})
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 import tta
 from tta.datasets import imagenet_c
-from tta.datasets.files import FileImages, FileList, Geometry
+from tta.datasets.files import FileImages, FileList
+from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
 from tta.datasets.stream import Stream
 

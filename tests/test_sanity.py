@@ -99,8 +99,53 @@ def test_a_model_that_guesses_gets_the_list(model):
         tta.preflight(model, IMAGES, LABELS)
 
 
+class Tinted(nn.Module):
+    """Tells two classes apart by a threshold on what reaches it: a wrong normalisation errs on the images near to it."""
+
+    def forward(self, x):
+        level = x.mean((1, 2, 3))
+        return torch.stack([-level, level], 1)
+
+
+def tinted(mean, **settings):
+    return ImageClassifier(Tinted(), mean, HALF, "mine", None, **settings)
+
+
+def grey(levels):
+    return levels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("expected", [None, 10.0])
+def test_few_images_show_a_mean_that_costs_few_points(expected, recwarn):
+    """7.5 % more than promised on 200 images is within what chance allows, but a mean that repairs all of it is not."""
+    levels = torch.linspace(0, 1, 200)
+    labels = (levels > 0.5).long()
+    labels[:20] = 1  # errs on 10 % in any case
+    found = tta.preflight(tinted(HALF), grey(levels), labels, expected)
+    assert found.error == pytest.approx(10)
+    assert found.problem is None
+    off = (0.425,) * 3
+    with pytest.warns(
+        PreflightWarning, match=r"on 17\.5 % of 200 clean.*on 10\.0 % of the same.*other values than.*0\.5 and"
+    ):
+        tta.preflight(tinted(off), grey(levels), labels, expected)
+    recwarn.clear()
+    few = torch.arange(0, 200, 4)
+    assert tta.preflight(tinted(off), grey(levels[few]), labels[few], expected).problem is None  # 4 images are no proof
+    assert not recwarn.list
+
+
+def test_the_interval_of_the_error_is_told_and_unknown_classes_are_left_out(model):
+    model.clean_error = None
+    labels = LABELS[:100].clone()
+    labels[50:] = -1
+    found = tta.preflight(model, IMAGES[:100], labels)
+    assert (found.images, found.error) == (50, 0)
+    assert str(found) == "clean error 0.0 % of 50 images (95 % interval 0.0 to 7.1)"
+
+
 def test_without_images_there_is_nothing_to_check(model):
-    with pytest.raises(ValueError, match="Expected images and as many labels; got 0 and 800"):
+    with pytest.raises(ValueError, match="Expected images and as many labels, some of them 0 or more; got 0 and 800"):
         tta.preflight(model, IMAGES[:0], LABELS)
 
 

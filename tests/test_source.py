@@ -298,10 +298,43 @@ def test_a_folder_of_images_is_a_source(tmp_path, capsys):
     assert SourceStatistics.load(file).entries[0].images == 12
     words = ["digits-c", "eata", f"source={tmp_path / 'images'}", "corruptions=[fog]", "samples=100"]
     assert main(["run", *words, "--out", str(tmp_path)]) == 0
-    first = [catalog.source_images(str(tmp_path / "images"), (32, 32))[i] for i in range(6)]
+    first = [catalog.source_images(str(tmp_path / "images"), {"input_size": [32, 32]})[i] for i in range(6)]
     assert first[0][0].shape == (3, 32, 32)
     assert {label for _, label in first} == {0, 1}
-    assert catalog.source_images(str(tmp_path / "images"), (48, 40))[0][0].shape == (3, 48, 40)
+    assert catalog.source_images(str(tmp_path / "images"), {"input_size": [48, 40]})[0][0].shape == (3, 48, 40)
+
+
+def test_a_folder_of_images_alone_is_a_source_without_labels(tmp_path):
+    for number in range(6):
+        pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+        to_pil_image(pixels).save(tmp_path / f"{number}.png")
+    images = catalog.source_images(str(tmp_path))
+    assert {tuple(images[i].shape) for i in range(len(images))} == {(3, 32, 32)}
+    model = tta.load_model("digits-cnn")
+    one, two = (
+        SourceStatistics.record(model, source_needs(model, "eata"), images, num_workers=n).entries[0] for n in (0, 2)
+    )
+    assert one.images == 6
+    assert all(torch.equal(value, two.known[key]) for key, value in one.known.items())
+    labelled = [Need("class_moments", ("fc",), labels=True)]
+    with pytest.raises(ValueError, match="class_moments needs labelled source images"):
+        SourceStatistics.record(model, labelled, images)
+
+
+def test_a_broken_source_image_is_named_or_skipped(tmp_path, capsys):
+    images = tmp_path / "images" / "cat"
+    images.mkdir(parents=True)
+    for number in range(6):
+        to_pil_image(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)).save(images / f"{number}.png")
+    (images / "3.png").write_text("<html>")
+    statistics = ["-o", str(tmp_path / "source.safetensors")]
+    for workers in ("num_workers=0", "num_workers=1"):
+        assert main(["source", "digits-cnn", str(tmp_path / "images"), "eata", workers, *statistics]) == 1
+        told = capsys.readouterr().err
+        assert f"tta: '{images / '3.png'}' cannot be used as an image: cannot identify image file. It has 6" in told
+        assert "Traceback" not in told
+    with pytest.warns(UserWarning, match=r"1 of 6 files .* skipped: cat/3\.png"):
+        assert len(catalog.source_images(str(tmp_path / "images"), on_error="skip")) == 5
 
 
 @pytest.mark.parametrize(

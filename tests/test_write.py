@@ -187,6 +187,19 @@ def test_an_array_of_ones_own(tmp_path):
 # ---------------------------------------------------------------------- what cannot be
 
 
+def test_broken_files_are_left_out_and_told(folder, tmp_path):
+    broken = folder / WNIDS[0] / "ILSVRC2012_val_00000001.JPEG"
+    broken.write_text("<html>")
+    with pytest.raises(ValueError, match=r"00001\.JPEG' cannot be used as an image"):
+        write_corrupted(folder, tmp_path / "copy", **SMALL)
+    with pytest.raises(ValueError, match="on_error is 'raise' or 'skip'; got 'ignore'"):
+        write_corrupted(folder, tmp_path / "other", **SMALL, on_error="ignore")
+    with pytest.warns(UserWarning, match="1 of 6 files"):
+        assert write_corrupted(folder, tmp_path / "rest", **SMALL, on_error="skip") == 20
+    how = json.loads((tmp_path / "rest" / MANIFEST).read_text())["how"]
+    assert how["skipped"] == [f"{WNIDS[0]}/{broken.name}"]
+
+
 def test_names_that_would_meet_are_refused(folder, tmp_path):
     first = next(folder.rglob("*.JPEG"))
     Image.open(first).save(first.with_suffix(".png"))

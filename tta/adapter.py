@@ -91,6 +91,7 @@ class Adapter(nn.Module):
     preset: str | None = None  # name of the published settings it was built from, for the manifest
     scored_forward: str = "before"  # whether the logits returned precede the batch's update, or follow it
     _FUSED_ON: ClassVar[tuple[str, ...]] = ("cuda",)
+    _CHECKED_AT_ONCE: ClassVar[tuple[str, ...]] = ("cpu",)  # where a batch is refused before it is looked at
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors
 
     def __init__(
@@ -118,6 +119,7 @@ class Adapter(nn.Module):
             self.source_statistics: list[dict[str, Any]] = []  # for the manifest: what the method knows of the source
             self.known = self._look_up(source)  # one entry a need; a method keeps what it wants of them in buffers
             self.configure_model()
+            super()._apply(lambda tensor: tensor.to(self.device))  # memories are made on the CPU, wherever the model is
             self.known = []
             self.optimizer = self._new_optimizer()
             self._source = {key: None if value is None else value.detach().clone() for key, value in self._tensors()}
@@ -181,13 +183,15 @@ class Adapter(nn.Module):
         present = [p.grad for p in self._optimized() if p.grad is not None]
         if present:
             finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()
-            if self._input_is_finite is not None:
-                finite = finite & self._input_is_finite
+            finite = finite & self.input_finite
             made = finite if when is None else finite & when
             if made.device.type == "cpu" and not _is_fused(optimizer):
                 if made:
                     optimizer.step()
             else:  # the fused kernels read the flag on the device: nothing waits for it
+                for parameter in self._optimized():
+                    if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+                        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)  # they want one layout
                 optimizer.found_inf = (~made).float()  # type: ignore[attr-defined]
                 optimizer.step()
             self._counters[0] += ~finite
@@ -295,8 +299,14 @@ class Adapter(nn.Module):
         return self._counters.device
 
     @property
+    def input_finite(self) -> Tensor:
+        """Whether the present batch is finite, a boolean scalar on its device; on the CPU a bad batch was refused before."""
+        flag = self._input_is_finite
+        return torch.ones((), dtype=torch.bool, device=self.device) if flag is None else flag
+
+    @property
     def input_is_finite(self) -> bool:
-        """Whether the present batch is finite. Asking waits for a GPU; on the CPU a bad batch was refused before."""
+        """The same as a bool, for which a GPU is waited for."""
         return self._input_is_finite is None or bool(self._input_is_finite)
 
     @property
@@ -474,7 +484,7 @@ class Adapter(nn.Module):
                 f"Expected a floating-point batch of images (batch, channels, height, width) with values in [0, 1]; "
                 f"got {given}. For uint8 images pass x.float() / 255."
             )
-        if x.device.type == "cpu":
+        if x.device.type in self._CHECKED_AT_ONCE:
             # A sum is not finite where an image is not, at a tenth of the cost; where huge values overflow it, count.
             bad = 0 if x.sum().isfinite() else int((~x.isfinite()).flatten(1).any(1).sum())
             if bad:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tta import cells, config, workers
-from tta.cells import Cell, Outcome
+from tta.cells import OF_MODEL, Cell, Outcome
 from tta.results import Result
 from tta.selection import WAYS, Candidate, Entry
 from tta.summary import Summary, summarise
@@ -39,7 +39,8 @@ class Benchmark:
         methods: with the hyper-parameters of each, over its preset. ``stream.samples`` and the like are settings of the
             stream for this method alone, ``stream.batch_size`` too: what is dear is given fewer images.
         streams: with the settings of each.
-        models: specs of source models, with ``checkpoint`` where one needs it; left out, the stream's own.
+        models: specs of source models, with ``checkpoint``, ``num_classes``, ``mean`` and ``std`` where one needs them; left
+            out, the stream's own.
         protocols: with the parameters of each; left out, ``continual``.
         seeds: of the streams.
         presets: a method without the preset runs with its defaults; ``null`` is the one of the stream's name.
@@ -180,7 +181,7 @@ def _check(benchmark: Benchmark) -> None:
     _known("columns", [benchmark.columns] if benchmark.columns else [], COLUMNS)
     _known("order", [benchmark.order], ORDERS)
     for spec, settings in benchmark.models.items():
-        _known(f"setting of model '{spec}'", settings, ["checkpoint"])
+        _known(f"setting of model '{spec}'", settings, OF_MODEL)
     own_settings = {key for settings in benchmark.methods.values() for key in _apart(settings)[1]}
     for stream, protocol in itertools.product(benchmark.streams, benchmark.protocols):
         given = {**benchmark.streams[stream], **benchmark.protocols[protocol]}
@@ -278,7 +279,7 @@ def _candidate(
         stream_settings={**benchmark.streams[stream], **benchmark.protocols.get(protocol, {}), **own},
         protocol=protocol,
         model=model,
-        checkpoint=benchmark.models.get(model, {}).get("checkpoint", benchmark.checkpoint),
+        **{"checkpoint": benchmark.checkpoint, **benchmark.models.get(model, {})},
         preset=place["preset"] if place["preset"] in config.load("method", method.rpartition(":")[2]) else None,
         source=benchmark.source,
         batch_size=batch_size,

@@ -17,7 +17,8 @@ from typing import Any
 from tta import runs
 from tta.results import Result
 
-OF_STREAM = ("stream", "stream_settings", "protocol", "seed", "model", "checkpoint", "batch_size", "reset")
+OF_MODEL = ("checkpoint", "num_classes", "mean", "std")
+OF_STREAM = ("stream", "stream_settings", "protocol", "seed", "model", *OF_MODEL, "batch_size", "reset")
 NAME_LENGTH = 120  # of a folder, below the 255 bytes that file systems take
 
 
@@ -34,6 +35,9 @@ class Cell:
         seed: of the stream.
         model: spec of the source model.
         checkpoint: weights of the source model.
+        num_classes: as in :func:`tta.load_model`.
+        mean: likewise.
+        std: likewise.
         preset: published settings to start from; left out, those of the stream's name.
         source: file or folder of source knowledge.
         batch_size: samples a batch.
@@ -54,6 +58,9 @@ class Cell:
     seed: int = 0
     model: str | None = None
     checkpoint: str | None = None
+    num_classes: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     preset: str | None = None
     source: str | None = None
     batch_size: int | None = None
@@ -133,8 +140,7 @@ def run_cell(cell: Cell) -> Outcome:
             return result
         return dataclasses.replace(result, metrics={**result.metrics, "consistency": consistency.percent})
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        return Failure(reason.splitlines()[0], traceback.format_exc())
+        return Failure(runs.in_words(error).splitlines()[0], traceback.format_exc())
 
 
 @lru_cache(maxsize=1)

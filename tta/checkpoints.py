@@ -1,6 +1,7 @@
 """Checkpoints: weights from a file into a network, and what to say when they do not fit."""
 
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,13 @@ def read(path: str | Path) -> dict[str, Any]:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"'{path}' holds more than weights ({_first_line(error)}). If you trust its author, convert it once: "
+            f"'{path}' holds more than weights ({_reason(error)}). If you trust its author, convert it once: "
             f"torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)."
         ) from None
     except (RuntimeError, EOFError, OSError, SafetensorError) as error:
         raise ValueError(
             f"'{path}' cannot be read as a checkpoint: it has {path.stat().st_size} bytes and may be truncated "
-            f"({_first_line(error)})."
+            f"({_reason(error)})."
         ) from None
     for wrapping in WRAPPINGS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapping), Mapping):
@@ -55,8 +56,11 @@ def read(path: str | Path) -> dict[str, Any]:
     return dict(state)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    """What torch or safetensors found, without their advice: the type that is no tensor, else the first sentence."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"an object of type {found[1]}"
+    return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[float]] | None:

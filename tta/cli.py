@@ -40,8 +40,9 @@ words:      the stream (digits-c), methods (source norm tent ...), and settings 
 settings:   lr=1e-3            every method named that has the key
             tent.lr=1e-3       one method
             stream.severity=3  the stream, and its protocol's parameters (protocol=correlated delta=0.1)
-            model=digits-vit   the rest: model, checkpoint, source, preset, protocol, reset, seed, batch_size,
-                               precision, accelerator, num_workers, clean (true: predict clean images before and after)
+            model=digits-vit   the rest: model, checkpoint, num_classes, mean, std, source, preset, protocol, reset, seed,
+                               batch_size, precision, accelerator, num_workers (processes that read ahead),
+                               clean (true: predict clean images before and after)
 source:     source=FILE        what methods such as eata may know of the source domain, saved by `tta source`, or a folder
                                of images; left out, the stream's own source images where it has them
 ccc:        protocol=ccc matrix=FILE, or without one calibrated on the run's model: target=20 speed=1000 total=7500000
@@ -64,7 +65,7 @@ Write a corrupted copy of images, laid out and saved as the published sets are. 
 SRC:        a folder CLASS/IMAGE; clean CIFAR as torchvision downloads it; or an .npy file, uint8 (n, height, width, 3)
 DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json tells how it was made
 settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a folder's images resize=256 crop=224
-            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless)
+            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless); on_error=skip leaves broken files out
 example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
 """
 
@@ -99,25 +100,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments, rest = parser.parse_known_args(argv)
+        if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:  # argparse has printed what was wrong
         return int(stop.code or 0)
+    if rest:  # argparse takes words in one run; ours may also stand behind an option
+        arguments.words += rest
     if not hasattr(arguments, "action"):
         parser.print_help()
         return 2
     try:
-        return arguments.action(arguments)
+        with _plain_warnings():
+            return arguments.action(arguments)
     except KeyboardInterrupt:
         print("Stopped. Results of the methods that had finished are kept.", file=sys.stderr)
         return 1
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"tta: {error or type(error).__name__}", file=sys.stderr)
+        print(f"tta: {runs.in_words(error)}", file=sys.stderr)
         if isinstance(error, (UsageError, config.ConfigError)):
             return 2
         print("tta: the run failed; --debug shows where.", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as sentences to a user, without the line of code that gave them."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"tta: {message}", file=sys.stderr)
+
+    before, warnings.showwarning = warnings.showwarning, show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,7 +277,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     in_use = {adapter.model.spec for _, adapter in adapters}
     used = [model for model in models.values() if model.spec in in_use]
-    _preflight(stream, used, console, run_on_gpu=request.run.accelerator != "cpu")
+    _preflight(stream, used, console, request.run)
     results = []
     for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
@@ -343,16 +363,13 @@ def parse_request(words: Sequence[str]) -> runs.Request:
     return runs.Request(stream, chosen, config.build(runs.RunConfig, run), stream_settings, hparams)
 
 
-def _preflight(stream: Any, models: list[Any], console: Console, run_on_gpu: bool) -> None:
+def _preflight(stream: Any, models: list[Any], console: Console, run: runs.RunConfig) -> None:
     """Say what the source models do on clean images where the stream has some; in colour where that is far off."""
-    import torch
-
     import tta
 
     clean = stream.clean_images(CLEAN_IMAGES)
     for model in models if clean else []:
-        if run_on_gpu and torch.cuda.is_available():
-            model.cuda()
+        runs.to_device(model, run)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is printed instead
             found = tta.preflight(model, *clean)
@@ -375,7 +392,7 @@ def _usage() -> Iterator[None]:
     """While a run is being set up, what does not fit is the user's mistake and not a failed run."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -445,9 +462,7 @@ def _print_table(table: Any, kind: str) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> int:
-    import torch
 
-    import tta
     from tta.datasets import catalog
 
     with _usage():
@@ -461,16 +476,13 @@ def _source(arguments: argparse.Namespace) -> int:
             needs += [need for need in runs.source_needs(model, name, request) if need not in needs]
         if not needs:
             raise UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
-        size: Any = model.preprocessing["input_size"]
-        images = catalog.source_images(arguments.data, size)
+        images = catalog.source_images(arguments.data, model.preprocessing)
     console = Console(stderr=True)
-    if request.run.accelerator != "cpu" and torch.cuda.is_available():
-        model.cuda()
 
     def progress(batches: Any) -> Any:
         return track(batches, "source images", console=console, transient=True, disable=not console.is_terminal)
 
-    statistics = tta.SourceStatistics.record(model, needs, images, progress=progress)
+    statistics = runs.record(model, needs, images, request.run, progress=progress)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(arguments.out)
     for entry in statistics.entries:
@@ -486,7 +498,7 @@ def _source(arguments: argparse.Namespace) -> int:
 def _corrupt(arguments: argparse.Namespace) -> int:
     from tta.datasets.write import write_corrupted
 
-    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality")
+    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality", "on_error")
     settings = {}
     for word in arguments.words:
         key, equals, text = word.partition("=")

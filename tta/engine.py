@@ -68,7 +68,8 @@ def evaluate(
         callbacks: further Lightning callbacks.
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``; one stream runs on one device.
         precision: ``"32-true"``, the reference, or ``"bf16-mixed"``.
-        num_workers: processes that read ahead.
+        num_workers: processes that decode ahead; they change no number. What they read travels as uint8, to a GPU from
+            pinned memory, and becomes [0, 1] there; corruptions made on the fly are made there too, on a CPU by them.
         clean: the source domain, such as ``stream.clean()``, predicted before and after the run without learning: how
             much the adapter forgets.
         oracle_steps: above 0, each batch is learned from so many times, predicted after each, and the best counts, as its
@@ -114,11 +115,13 @@ def evaluate(
             enable_checkpointing=False,
             inference_mode=False,  # no_grad serves as well and spares the adapter a copy of each batch
         )
-        if trainer.strategy.root_device.type != "cpu":
+        where = trainer.strategy.root_device.type
+        if where != "cpu":
             module.finish = stream.finish
         module.check_logits = stream.check_logits
         try:
-            trainer.test(module, stream.loader(num_workers, unfinished=module.finish is not None), verbose=False)
+            loader = stream.loader(num_workers, unfinished=where != "cpu", pin_memory=where == "cuda")
+            trainer.test(module, loader, verbose=False)
         finally:
             module.passes.detach()
     adapter.to(device)
@@ -462,8 +465,9 @@ class SourceError(Callback):
         record = Record()
         # What is drawn here must not change what the run draws.
         with isolate_rng(), pl_module.adapter.paused(), trainer.precision_plugin.forward_context():
-            for batch in self._stream.loader(self._num_workers):
-                record.add(batch, pl_module.adapter.step(to_float(batch.images.to(pl_module.device))))
+            for batch in self._stream.loader(self._num_workers, pin_memory=pl_module.device.type == "cuda"):
+                images = to_float(batch.images.to(pl_module.device, non_blocking=True))
+                record.add(batch, pl_module.adapter.step(images))
         wrong, known = record.wrong_and_known()
         return 100.0 * wrong / known if known else math.nan
 

@@ -105,21 +105,25 @@ def training_statistics(model: nn.Module) -> Iterator[None]:
     earlier forward reads what is stored: run it before, or it reads what this context has made of it.
     """
     layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
-    stored = [(layer.training, layer.running_mean, layer.running_var) for layer in layers]
-    for layer, (_, mean, var) in zip(layers, stored, strict=True):
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    stored = [(layer.training, [getattr(layer, name) for name in names]) for layer in layers]
+    for layer, (_, values) in zip(layers, stored, strict=True):
         layer.training = True
-        if mean is not None and var is not None:
-            layer.running_mean, layer.running_var = mean.clone(), var.clone()
+        for name, value in zip(names, values, strict=True):
+            setattr(layer, name, None if value is None else value.clone())
     try:
         yield
     finally:
-        for layer, (mode, mean, var) in zip(layers, stored, strict=True):
+        for layer, (mode, values) in zip(layers, stored, strict=True):
             layer.training = mode
-            if mean is not None and var is not None:
+            if layer.running_mean is not None and layer.running_var is not None:
                 finite = layer.running_mean.isfinite() & layer.running_var.isfinite()
-                mean.data.copy_(torch.where(finite, layer.running_mean, mean))  # no change that autograd would refuse
-                var.data.copy_(torch.where(finite, layer.running_var, var))
-                layer.running_mean, layer.running_var = mean, var
+                for name, value in zip(names, values, strict=True):
+                    if value is not None:  # changed so that autograd does not refuse it
+                        good = finite if value.dim() else finite.all()
+                        value.data.copy_(torch.where(good, getattr(layer, name), value))
+            for name, value in zip(names, values, strict=True):
+                setattr(layer, name, value)
 
 
 class ChannelsLastBatchNorm2d(nn.BatchNorm2d):

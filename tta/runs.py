@@ -6,6 +6,7 @@ Nothing heavy is imported before it is used: a usage error or ``--help`` need no
 import contextlib
 import ctypes
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ class RunConfig:
 
     model: str | None = None
     checkpoint: str | None = None
+    num_classes: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     source: str | None = None
     preset: str | None = None
     protocol: str = "continual"
@@ -55,8 +59,8 @@ def make_stream(request: Request) -> Any:
     run = request.run
     if run.reset is not None:
         reset_period(run.reset)
-    batch_size = run.batch_size or defaults.pop("batch_size", 64)
-    defaults.pop("batch_size", None)
+    of_stream = defaults.pop("batch_size", 64)
+    batch_size = of_stream if run.batch_size is None else run.batch_size
     if run.protocol == "ccc":
         defaults.pop("severity", None)  # its severities change
     settings = {**defaults, **request.stream_settings}
@@ -67,16 +71,12 @@ def make_stream(request: Request) -> Any:
 
 def _calibration(request: Request) -> dict[str, Any]:
     """What protocol ``ccc`` needs where it is given no matrix: a source model, which comes before the stream then."""
-    import torch
     from rich.console import Console
     from rich.progress import track
 
-    import tta
-
     spec, console = model_specs(request)[0], Console(stderr=True)
-    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
-    if request.run.accelerator != "cpu" and torch.cuda.is_available():
-        model.cuda()
+    model = load_model(spec, request, None)
+    to_device(model, request.run)
     console.print(
         f"No accuracy matrix given: calibrating on {spec}; the protocol is called ccc-style.", highlight=False
     )
@@ -109,7 +109,8 @@ def load_model(spec: str, request: Request, classes: Any) -> Any:
     """The model of a spec; it gives the logits of the stream's classes alone where they are some of a larger model's."""
     import tta
 
-    model = tta.load_model(spec, checkpoint=request.run.checkpoint)
+    run = request.run
+    model = tta.load_model(spec, checkpoint=run.checkpoint, num_classes=run.num_classes, mean=run.mean, std=run.std)
     return model if classes is None or classes.logits is None else model.select_logits(classes.logits, classes.of)
 
 
@@ -134,6 +135,10 @@ def model_specs(request: Request) -> list[str]:
         raise config.ConfigError(
             f"Stream '{request.stream}' has no model of its own: name one, such as model=timm:resnet50."
         )
+    if request.run.checkpoint and len(models) > 1:
+        raise config.ConfigError(
+            f"checkpoint= is for one model, and stream '{request.stream}' has {', '.join(models)}: say which, model={models[0]}."
+        )
     return list(models)
 
 
@@ -149,7 +154,10 @@ def make_adapter(model: Any, method: str, request: Request) -> Any:
     """The adapter of one method around a model, with the preset and the source knowledge that belong to it."""
     import tta
 
-    source = source_images(model, request) if source_needs(model, method, request) else None
+    needs = source_needs(model, method, request)
+    source = source_images(model, request) if needs else None
+    if needs and not isinstance(source, (str, Path)):
+        source = record(model, needs, source, request.run)
     return tta.adapt(model, method, source=source, preset=_preset(method, request), **request.hparams[method])
 
 
@@ -167,7 +175,35 @@ def source_images(model: Any, request: Request) -> Any:
     given = request.run.source
     if given is not None and not Path(given).is_dir():
         return given
-    return catalog.source_images(given or request.stream, model.preprocessing["input_size"])
+    on_error = request.stream_settings.get("on_error", "raise")
+    return catalog.source_images(given or request.stream, model.preprocessing, on_error=on_error)
+
+
+def record(model: Any, needs: list[Any], images: Any, run: RunConfig, **options: Any) -> Any:
+    """Source statistics, recorded on the device of the run; ``options`` as in :meth:`tta.SourceStatistics.record`."""
+    import tta
+
+    to_device(model, run)
+    try:
+        return tta.SourceStatistics.record(model, needs, images, num_workers=run.num_workers, **options)
+    finally:
+        model.cpu()
+
+
+def to_device(model: Any, run: RunConfig) -> None:
+    """Move a model to the GPU that the run will use, where there is one."""
+    import torch
+
+    if run.accelerator != "cpu" and torch.cuda.is_available():
+        model.cuda()
+
+
+def in_words(error: Exception) -> str:
+    """What an error says; of one in a worker process, where its traceback comes along, the last line alone."""
+    said = str(error).strip() or type(error).__name__
+    if re.match(r"Caught \w+ in DataLoader worker process", said):
+        return said.splitlines()[-1].partition(": ")[2]
+    return said
 
 
 def evaluate(adapter: Any, stream: Any, run: RunConfig, **options: Any) -> Any:

@@ -273,6 +273,7 @@ class SourceStatistics:
         source: "Images",
         *,
         batch_size: int = BATCH_SIZE,
+        num_workers: int = 0,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> "SourceStatistics":
         """Show the source images to (a copy of) the model, once.
@@ -284,6 +285,7 @@ class SourceStatistics:
                 that each need asks for; or an iterable of batches, which keep their own size. Labels are ignored
                 unless a need asks for them.
             batch_size: for needs that ask for none.
+            num_workers: processes that read a dataset ahead.
             progress: wraps the iterable of batches, such as ``rich.progress.track``.
 
         Raises:
@@ -292,7 +294,7 @@ class SourceStatistics:
         """
         models = {mode: _copy(model, mode) for mode in dict.fromkeys(need.statistics for need in needs)}
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        batches, regroup = _batches(source, batch_size)
+        batches, regroup = _batches(source, batch_size, num_workers)
         feeds = [_Feed(models[n.statistics], n, (n.batch_size or batch_size) if regroup else None) for n in needs]
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             for batch in progress(batches):
@@ -458,12 +460,12 @@ def _cut(images: Tensor, labels: Tensor | None, part: slice) -> Batch:
     return images[part], None if labels is None else labels[part]
 
 
-def _batches(source: Images, batch_size: int) -> tuple[Iterable[Any], bool]:
+def _batches(source: Images, batch_size: int, num_workers: int) -> tuple[Iterable[Any], bool]:
     """The source as batches, and whether these may be regrouped: those of a user's own loader may not."""
     if isinstance(source, Tensor):
         return _checked(source)[0].split(batch_size), True
     if isinstance(source, Dataset) and not hasattr(source, "__iter__"):
-        return DataLoader(source, batch_size=batch_size), True
+        return DataLoader(source, batch_size=batch_size, num_workers=num_workers), True
     return source, False
 
 

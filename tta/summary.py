@@ -242,23 +242,24 @@ class Summary:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for section in self.sections:
             yield Text(f"Online error in %: {section.title}", style="bold")
-            yield from self._terminal(section, options.max_width)
+            yield from (
+                self._methods_across(section, options.max_width) if section.columns else [self._methods_down(section)]
+            )
         for remark in self._remarks():
             yield Text(remark, style="dim")
 
-    def _terminal(self, section: Section, width: int) -> Iterator[Table]:
-        """Domains down, methods across; methods that do not fit side by side go below. Without domains, methods down."""
-        head = self._header(section, short=False)
-        lines = list(self._rows(section, "[bold]{}[/]".format, "[underline]{}[/]".format, _quoted, " ± "))
-        if not section.columns:
-            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
-            for number, name in enumerate(head):
-                table.add_column(name.replace("_", " "), justify="right" if number else "left", no_wrap=number == 0)
-            for line in lines:
-                table.add_row(*map(Text.from_markup, line))
-            yield table
-            return
-        head, *rows = zip(head, *lines, strict=True)
+    def _methods_down(self, section: Section) -> Table:
+        """A line a method: for a section without domains."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+        for number, name in enumerate(self._header(section)):
+            table.add_column(name.replace("_", " "), justify="right" if number else "left", no_wrap=number == 0)
+        for line in self._marked(section):
+            table.add_row(*map(Text.from_markup, line))
+        return table
+
+    def _methods_across(self, section: Section, width: int) -> Iterator[Table]:
+        """Domains down; methods that do not fit side by side go below."""
+        head, *rows = zip(self._header(section, short=False), *self._marked(section), strict=True)
         first = max(len(str(row[0])) for row in rows)
         words = max(len(word) for cells in [head, *rows] for cell in cells[1:] for word in _bare(cell).split())
         size = max(13, min(words, 16))
@@ -271,6 +272,9 @@ class Summary:
             for row in rows:
                 table.add_row(Text(row[0]), *(Text.from_markup(cell) for cell in row[start : start + across]))
             yield table
+
+    def _marked(self, section: Section) -> Iterator[list[str]]:
+        return self._rows(section, "[bold]{}[/]".format, "[underline]{}[/]".format, _quoted, " ± ")
 
     def _header(self, section: Section, short: bool = True) -> list[str]:
         columns = tables.shortened(section.columns) if short else section.columns
