@@ -36,6 +36,7 @@ STREAMS = {
     "imagefolder": ("imagefolder", "your own folder CLASS/IMAGE, or DOMAIN/CLASS/IMAGE"),
     "imagefolder-c": ("imagefolder:corrupted", "your own folder CLASS/IMAGE, corrupted as the images are needed"),
     "digits-c": ("digits_c", "scikit-learn's digits, 800 held-out images, corrupted as they are needed"),
+    "digits-open": ("digits_open", "digits-c for a model of the digits 0 to 7; 8 and 9 are unknown classes"),
 }
 
 

@@ -30,6 +30,7 @@ VARIANTS = [
     ("actmad", {"score": "after", "position": "activation", "layers": ["layer2.*"]}),
     ("dpcore", {"steps_new": 1, "rho": 1.1, "capacity": 2}),
     ("adacontrast", {"queue_size": 40, "refine_after": 16, "lr": 1e-4, "bank": "released", "mask": "released"}),
+    ("aws", {"optimizer": "sgd", "lr": 0.01, "steps": 2, "augment": "none", "lambda_con": 0.0}),
     ("cafa", {"shrinkage": 0.5, "steps": 2, "optimizer": "sgd", "lr": 0.01}),
     ("gala", {"window": 2, "select": "all", "steps": 2, "optimizer": "adamw"}),
     ("gala:tent", {"window": 4, "threshold": 0.1}),

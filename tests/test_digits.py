@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tta.datasets import digits
+import tta
+from tta.datasets import digits, digits_open
 
 
 def test_held_out_images_are_disjoint_from_training():
@@ -25,3 +26,17 @@ def test_every_class_is_in_both_splits():
 def test_unknown_split_is_named():
     with pytest.raises(ValueError, match="split is 'train' or 'test'; got 'val'"):
         digits.split("val")
+
+
+def test_open_digits_arrive_as_unknown_to_a_model_that_never_saw_them():
+    stream = tta.stream("digits-open", corruptions=["fog"], samples=200)
+    labels = torch.cat([batch.labels for batch in stream])
+    _, digit, _ = digits.split("test")
+    assert torch.equal(labels, torch.where(digit[:200] < 8, digit[:200], -1))
+    with pytest.raises(ValueError, match="8 classes; the model gives 10 logits"):
+        tta.evaluate(tta.adapt(tta.load_model("digits-cnn"), "source"), stream, progress=False)
+    _, trained_on, _ = digits.split("train")
+    assert len(digits_open.source_images()) == int((trained_on < 8).sum())
+    result = tta.evaluate(tta.adapt(tta.load_model("digits-cnn-8"), "source"), stream.clean(), progress=False)
+    assert result.mean_error < 4
+    assert result.metrics["auroc"] > 80

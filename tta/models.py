@@ -36,6 +36,7 @@ class Untrained(NamedTuple):
 EMBEDDED = {
     "digits-cnn": Embedded(networks.DigitsCNN, "digits_cnn.safetensors", 0.375),
     "digits-vit": Embedded(networks.digits_vit, "digits_vit.safetensors", 1.125),
+    "digits-cnn-8": Embedded(networks.digits_cnn_8, "digits_cnn_8.safetensors", 0.3101),
 }
 
 
@@ -66,7 +67,7 @@ def load_model(
     ``preprocessing``. A checkpoint that brings its own (``mu`` and ``sigma``, ``normalize.mean`` ...) has the say.
 
     Args:
-        spec: one of ``tta list models``: ``digits-cnn`` or ``digits-vit`` (embedded), ``cifar-resnet20`` (32, 44, 56,
+        spec: one of ``tta list models``: ``digits-cnn``, ``digits-vit`` or ``digits-cnn-8`` (embedded), ``cifar-resnet20`` (32, 44, 56,
             110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``, ``torchvision:NAME[/WEIGHTS]``, ``hf:NAME``,
             ``robustbench:[cifar100/]NAME``, or ``PACKAGE.MODULE:FUNCTION``, a function of yours that returns a network.
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.

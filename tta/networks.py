@@ -52,6 +52,11 @@ class DigitsCNN(nn.Module):
         return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
+def digits_cnn_8(num_classes: int = 8) -> nn.Module:
+    """The network of ``digits-cnn`` for the digits 0 to 7; 8 and 9 are classes that it does not know."""
+    return DigitsCNN(num_classes)
+
+
 def digits_vit(num_classes: int = 10) -> nn.Module:
     """A timm ViT for 32-pixel images: patch 8, width 64, 4 blocks, 4 heads, 215 000 parameters."""
     return VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=num_classes)

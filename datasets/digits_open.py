@@ -1,0 +1,45 @@
+"""``digits-open``: ``digits-c`` for a model that knows the digits 0 to 7 only; 8 and 9 arrive as unknown classes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tta.datasets import digits
+from tta.datasets.corruptions import CORRUPTIONS
+from tta.datasets.domains import UNKNOWN, Classes, CorruptedImages
+
+KNOWN = 8  # classes of digits-cnn-8
+CLASSES_OF = {"digits-open": Classes(KNOWN)}
+
+
+def source_images() -> Tensor:
+    """The clean digits 0 to 7 that ``digits-cnn-8`` was trained on: (n, 3, 32, 32), uint8."""
+    images, labels, _ = digits.split("train")
+    return images[labels < KNOWN]
+
+
+def domains(
+    *, severity: float = 5, corruptions: Sequence[str] = CORRUPTIONS, samples: int | None = None, seed: int = 0
+) -> list[CorruptedImages]:
+    """The held-out digits, once for each corruption; about a fifth of them are an 8 or a 9, whose label is -1.
+
+    What STAMP (ECCV 2024) and OWTTT (ICCV 2023) do with other data sets mixed in, with classes of the same one: unknown
+    images look like known ones, and are corrupted alike.
+
+    Args:
+        severity: 0 to 5, see :func:`tta.datasets.corrupt`.
+        corruptions: which, and in which order; those to tune on too.
+        samples: only the first so many images of each domain; all 800 if left out.
+        seed: of the corruptions' draws.
+
+    Raises:
+        ValueError: an unknown corruption or severity, or more samples than there are.
+    """
+    images, labels, index = digits.split("test")
+    if samples is not None and not 1 <= samples <= len(images):
+        raise ValueError(f"samples is between 1 and {len(images)}; got {samples}.")
+    labels = torch.where(labels < KNOWN, labels, UNKNOWN)
+    told = {"severity": severity, "seed": seed, "origin": "scikit-learn's digits", "classes": Classes(KNOWN)}
+    first = slice(samples)
+    return [CorruptedImages(name, images[first], labels[first], index[first], **told) for name in corruptions]
