@@ -40,6 +40,9 @@ def domains(
     if samples is not None and not 1 <= samples <= len(images):
         raise ValueError(f"samples is between 1 and {len(images)}; got {samples}.")
     labels = torch.where(labels < KNOWN, labels, UNKNOWN)
-    told = {"severity": severity, "seed": seed, "origin": "scikit-learn's digits", "classes": Classes(KNOWN)}
     first = slice(samples)
-    return [CorruptedImages(name, images[first], labels[first], index[first], **told) for name in corruptions]
+    clean = images[first], labels[first], index[first]
+    origin, classes = "scikit-learn's digits", Classes(KNOWN)
+    return [
+        CorruptedImages(n, *clean, severity=severity, seed=seed, origin=origin, classes=classes) for n in corruptions
+    ]

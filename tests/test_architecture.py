@@ -64,7 +64,9 @@ MAY_IMPORT = {
     "tta.summary": "rich pandas tta tta.tables tta.cells tta.published tta.results tta.runs tta.selection",
     "tta.benchmark": f"{ANYTHING} yaml tta.datasets.* tta.runs tta.cells tta.workers tta.selection tta.summary",
     "tta.plots": "numpy torch matplotlib tta.datasets.*",
-    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report tta.plots tta.runs tta.benchmark tta.selection tta.published tta.cells",
+    "tta.figures": "numpy pandas matplotlib tta.plots tta.report tta.results tta.tables",
+    "tta.page": "matplotlib tta.figures tta.report tta.results tta.summary",
+    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report tta.plots tta.figures tta.page tta.runs tta.benchmark tta.selection tta.published tta.cells",
     "tta.__main__": "tta.cli",
     "tta": "tta.* tta.datasets.*",  # the table of public names, for type checkers only
 }

@@ -1,7 +1,6 @@
 """The check before a benchmark: a right model passes, and every usual mistake is named."""
 
 import copy
-import time
 
 import pytest
 import torch
@@ -33,9 +32,7 @@ def model():
 @pytest.mark.parametrize("name", ["digits-cnn", "digits-vit"])
 @pytest.mark.parametrize("count", [800, 256, 50])
 def test_a_right_model_passes(name, count, recwarn):
-    start = time.perf_counter()
     found = tta.preflight(tta.load_model(name), IMAGES[:count], LABELS[:count])
-    assert time.perf_counter() - start < 5
     assert found.problem is None
     assert found.images == count
     assert "published" in str(found)

@@ -92,6 +92,17 @@ example:    tta tune digits-c source tent sar seeds=[0,1,2] stream.samples=100 -
 """
 
 
+PLOT_HELP = """\
+Draw results, or what a stream brings.
+
+WHAT:       curve (error over the stream), heatmap (method x domain), pareto (error against cost), calibration, grid (learning
+            rate x steps): of RESULTS, folders that `tta run --out` or `tta bench` wrote; or schedule: what arrives when
+words:      of schedule those of `tta run`: STREAM and settings; no image is read
+example:    tta plot curve runs/mine -o curve.svg
+            tta plot schedule digits-c protocol=ptta -o ptta.png
+"""
+
+
 class UsageError(ValueError):
     """The user asked for something that does not exist."""
 
@@ -232,12 +243,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff.set_defaults(action=_diff)
 
-    plot = commands.add_parser("plot", parents=[common], help="draw what arrives when")
-    plot.add_argument("what", choices=["schedule"])
-    plot.add_argument("words", nargs="*", metavar="STREAM|KEY=VALUE", help="as in `tta run`; no image is read")
-    plot.add_argument(
-        "-o", "--out", type=Path, default=Path("schedule.png"), metavar="FILE", help="default: schedule.png"
+    plot = commands.add_parser(
+        "plot", parents=[common], help="draw results, or what arrives when", description=PLOT_HELP, formatter_class=raw
     )
+    plot.add_argument("what", metavar="WHAT")
+    plot.add_argument("words", nargs="*", metavar="RESULTS|STREAM|KEY=VALUE")
+    plot.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: WHAT.png; .svg and .pdf work too")
     plot.set_defaults(action=_plot)
 
     download = commands.add_parser("download", parents=[common], help="get published data sets; alone: list them")
@@ -527,11 +538,19 @@ def _table(arguments: argparse.Namespace) -> int:
     from tta.results import find_results
 
     with _usage():
-        if len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file():
-            _print_table(benchmark.table(arguments.folders[0]), arguments.format)
+        is_benchmark = len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file()
+        if is_benchmark:
+            results = find_results(sorted(arguments.folders[0].rglob("result.json")))  # there may be none yet
+            table: Any = benchmark.table(arguments.folders[0])
         else:
-            comparison = tta.compare(find_results(arguments.folders), metrics=arguments.metrics)
-            _print_table(comparison, arguments.format)
+            results = find_results(arguments.folders)
+            table = tta.compare(results, metrics=arguments.metrics)
+        if arguments.format == "html":
+            from tta.page import page
+
+            print(page(table, results, title=arguments.folders[0].resolve().name), end="")
+        else:
+            _print_table(table, arguments.format)
     return 0
 
 
@@ -561,12 +580,21 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from tta import plots
+    from tta import figures, plots
+    from tta.results import find_results
 
+    known = ["schedule", *figures.FIGURES]
+    out = arguments.out or Path(f"{arguments.what}.png")
     with _usage():
-        stream = runs.make_stream(parse_request(arguments.words))
-        plots.save(plots.schedule(stream), arguments.out)
-    print(arguments.out)
+        if arguments.what not in known:
+            near = config.nearest(arguments.what, known)
+            raise config.ConfigError(f"No picture '{arguments.what}'.{near} There are: {', '.join(known)}.")
+        if arguments.what == "schedule":
+            figure = plots.schedule(runs.make_stream(parse_request(arguments.words)))
+        else:
+            figure = figures.FIGURES[arguments.what](find_results(arguments.words))
+        plots.save(figure, out)
+    print(out)
     return 0
 
 

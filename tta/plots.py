@@ -30,7 +30,7 @@ def schedule(stream: Stream) -> "Figure":
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    figure = _figure((9, 4.5))
+    figure = new_figure((9, 4.5))
     above, below = figure.subplots(2, 1, sharex=True)
     draw_schedule(stream, above, below, legend=True)
     above.set_title(str(stream).splitlines()[0], fontsize=9)
@@ -80,7 +80,12 @@ def save(figure: "Figure", file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _figure(size: tuple[float, float]) -> "Figure":
+def new_figure(size: tuple[float, float]) -> "Figure":
+    """An empty figure of so many inches.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:

@@ -129,7 +129,8 @@ class Comparison:
         rows = [row for group in self.groups for row in self._rows(group, "<b>{}</b>".format, html.escape)]
         table = pandas.DataFrame(rows, columns=[html.escape(name) for name in self._short_header()])
         notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
-        return table.to_html(index=False, escape=False, border=0, classes="tta") + "\n" + notes
+        text = table.to_html(index=False, escape=False, border=0, classes="tta")
+        return f'<div class="wide">{text}</div>\n{notes}'
 
     def to_latex(self) -> str:
         """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""

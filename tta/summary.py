@@ -208,16 +208,15 @@ class Summary:
         return "\n\n".join(["\n".join(f"% {remark}" for remark in self._remarks()), *blocks]) + "\n"
 
     def to_html(self) -> str:
-        """One self-contained page: a table a section, then what a reader has to know and what failed."""
+        """A table a section, then what a reader has to know and what failed; ``tta.page`` makes a page of it."""
         parts = []
         for section in self.sections:
             head = "".join(f"<th>{html.escape(name)}</th>" for name in self._header(section))
             rows = self._rows(section, "<b>{}</b>".format, "<u>{}</u>".format, html.escape, "&nbsp;±&nbsp;")
             body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
             title = html.escape(section.title)
-            parts.append(f"<h2>{title}</h2>\n<table>\n<tr>{head}</tr>\n{body}\n</table>")
-        remarks = "\n".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return PAGE.format(body="\n".join(parts), remarks=remarks)
+            parts.append(f'<h3>{title}</h3>\n<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>')
+        return "\n".join([*parts, *(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())]) + "\n"
 
     def to_text(self, width: int = 100) -> str:
         """The table as the terminal shows it, without colours."""
@@ -321,30 +320,6 @@ FORMATS: dict[str, Callable[[Summary], str]] = {
     "csv": Summary.to_csv,
     "html": Summary.to_html,
 }
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Online error in %</title>
-<style>
-body {{ font: 14px/1.4 sans-serif; margin: 2em; color: #222; }}
-h2 {{ font-size: 1em; margin-top: 2em; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: 0.2em 0.7em; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-tr:first-child th {{ border-top: 2px solid #222; border-bottom: 1px solid #222; }}
-tr:last-child td {{ border-bottom: 2px solid #222; }}
-p {{ max-width: 60em; color: #555; }}
-</style>
-</head>
-<body>
-<h1>Online error in %</h1>
-{body}
-{remarks}
-</body>
-</html>
-"""
 
 
 def summarise(
