@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from tta.datasets import digits
 from tta.datasets.corruptions import CORRUPTIONS
@@ -13,10 +13,10 @@ KNOWN = 8  # classes of digits-cnn-8
 CLASSES_OF = {"digits-open": Classes(KNOWN)}
 
 
-def source_images() -> Tensor:
-    """The clean digits 0 to 7 that ``digits-cnn-8`` was trained on: (n, 3, 32, 32), uint8."""
+def source_images() -> TensorDataset:
+    """The clean digits 0 to 7 that ``digits-cnn-8`` was trained on, with labels: n of (3, 32, 32), uint8."""
     images, labels, _ = digits.split("train")
-    return images[labels < KNOWN]
+    return TensorDataset(images[labels < KNOWN], labels[labels < KNOWN])
 
 
 def domains(

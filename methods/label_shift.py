@@ -50,8 +50,10 @@ class LabelShift(Adapter):
     Procedure", Neural Computation 2002, with a moving average of the predictions for the stream's frequencies. It is
     the baseline of the label shift adapter (Park et al., "Label Shift Adapter for Test-Time Adaptation under Covariate
     and Label Shifts", ICCV 2023). ``learned=true`` is a reconstruction of that adapter from its abstract and what others
-    wrote of it, with constants of ours, around the source model alone: see :class:`tta.shift.ShiftNetwork`. On a stream
-    in the order of its classes the average follows the present class, which looks like a large gain.
+    wrote of it, with constants of ours, around the source model alone: see :class:`tta.shift.ShiftNetwork`. A model that
+    is sure of all its source images teaches it little: digits-c with ``protocol=label-shift`` has an error of 59.8 % by
+    ``norm``, 58.8 by the rule and 59.6 learned. On a stream in the order of its classes the average follows the present
+    class, which looks like a large gain.
 
     ``source=`` gives source images, whose predicted classes stand for the source's frequencies; with ``learned`` they
     come with their labels.
