@@ -166,7 +166,8 @@ def grid(results: Iterable[Result]) -> "Figure":
         table = np.array([[_mean(found.get((lr, int(steps)), [])) for lr in rates] for steps in numbers])
         _cells(axes, table, [str(steps) for steps in numbers], [f"{lr:g}" for lr in rates], tables.number)
         axes.set_title(method, fontsize=9, loc="left")
-        axes.set(xlabel="lr", ylabel="steps")
+        axes.set_xlabel("lr", fontsize=8)
+        axes.set_ylabel("steps", fontsize=8)
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
     return figure
