@@ -17,8 +17,10 @@ profiler's record of every allocation, which does not see the scratch memory ins
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from plain import STEPS  # beside this file
@@ -86,6 +88,43 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+class Measured(NamedTuple):
+    """A method's steps: milliseconds each, as a multiple of the frozen forward (also the plain ones), and memory above it."""
+
+    batch: int
+    milliseconds: list[float]
+    ratios: list[float]
+    of_plain: list[float]
+    memory: int
+
+
+def measure(model: nn.Module, method: str, x: Tensor, source: Tensor, rounds: int) -> Measured:
+    def frozen() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def three_steps() -> tta.Adapter:
+        adapter = build(model, method, source)
+        for _ in range(3):
+            adapter(x)
+        return adapter
+
+    frozen()
+    memory = peak_bytes(three_steps, x.device) - peak_bytes(frozen, x.device)
+    adapter = build(model, method, source)
+    plain = STEPS[method](model, source) if method in STEPS else None
+    found = Measured(len(x), [], [], [], memory)
+    for number in range(rounds + 1):
+        forward = seconds(frozen, x.device)
+        step = seconds(lambda: adapter(x), x.device)
+        of_plain = seconds(lambda: plain(x), x.device) / forward if plain else None
+        if number:  # the first round warms up
+            found.milliseconds.append(1e3 * step)
+            found.ratios.append(step / forward)
+            found.of_plain.extend([] if of_plain is None else [of_plain])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a spec of tta.load_model; default: a ResNet-20 of CIFAR with random weights")
@@ -105,42 +144,15 @@ def main() -> None:
     model = (tta.load_model(spec, checkpoint=checkpoint) if spec else resnet20(images)).to(device)
     images = images.to(device)
 
-    def frozen(x: Tensor) -> None:
-        with torch.no_grad():
-            model(x)
-
-    batches, memory, refused = {}, {}, {}
-    for method in arguments.methods:
+    measured, refused = {}, {}
+    for method in arguments.methods:  # one after the other: thirty adapters of a large model at once fill any card
         x = images[: BATCH_SIZE.get(method, arguments.batch_size)]
-
-        def three_steps(method: str = method, x: Tensor = x) -> tta.Adapter:
-            adapter = build(model, method, images)
-            for _ in range(3):
-                adapter(x)
-            return adapter
-
         try:
-            frozen(x)
-            memory[method] = peak_bytes(three_steps, device) - peak_bytes(lambda x=x: frozen(x), device)
-            batches[method] = x
-        except (TypeError, ValueError) as error:
-            refused[method] = str(error)
-    adapters = {method: build(model, method, images) for method in batches}
-    plain = {method: STEPS[method](model, images) for method in batches if method in STEPS}
-    ratios: dict[str, list[float]] = {method: [] for method in batches}
-    of_plain: dict[str, list[float]] = {method: [] for method in plain}
-    milliseconds: dict[str, list[float]] = {method: [] for method in batches}
-    for round_number in range(arguments.rounds + 1):
-        for method, x in batches.items():
-            forward = seconds(lambda x=x: frozen(x), device)
-            step = seconds(lambda method=method, x=x: adapters[method](x), device)
-            if round_number:  # the first round warms up
-                ratios[method].append(step / forward)
-                milliseconds[method].append(1e3 * step)
-            if method in plain:
-                took = seconds(lambda method=method, x=x: plain[method](x), device)
-                if round_number:
-                    of_plain[method].append(took / forward)
+            measured[method] = measure(model, method, x, images, arguments.rounds)
+            ratio = statistics.median(measured[method].ratios)
+            print(f"{method}: {ratio:.2f} frozen forwards", file=sys.stderr, flush=True)  # of a run that is cut short
+        except (TypeError, ValueError, torch.OutOfMemoryError) as error:
+            refused[method] = str(error).splitlines()[0]
 
     table = Table(
         title=f"{arguments.model or 'ResNet-20'}, {device}, {arguments.threads} threads, {arguments.rounds} rounds"
@@ -158,22 +170,23 @@ def main() -> None:
         "MB above it",
     ):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for method, values in ratios.items():
+    for method, found in measured.items():
+        milliseconds, ratios = statistics.median(found.milliseconds), found.ratios
         table.add_row(
             method,
-            str(len(batches[method])),
-            f"{1e3 * len(batches[method]) / statistics.median(milliseconds[method]):.0f}",
-            f"{statistics.median(milliseconds[method]):.0f}",
-            f"{statistics.median(values):.2f}",
-            f"{min(values):.2f}",
-            f"{max(values):.2f}",
-            f"{statistics.median(of_plain[method]):.2f}" if method in plain else "",
+            str(found.batch),
+            f"{1e3 * found.batch / milliseconds:.0f}",
+            f"{milliseconds:.0f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{min(ratios):.2f}",
+            f"{max(ratios):.2f}",
+            f"{statistics.median(found.of_plain):.2f}" if found.of_plain else "",
             str(RELEASED.get(method, "")),
-            f"{memory[method] / 1e6:.1f}",
+            f"{found.memory / 1e6:.1f}",
         )
     Console().print(table)
     for method, reason in refused.items():
-        print(f"{method} does not take this model: {reason}")
+        print(f"{method} did not run: {reason}")
 
 
 if __name__ == "__main__":
