@@ -100,7 +100,7 @@ def families() -> dict[str, nn.Module]:
 
 @cache
 def source_images() -> Tensor:
-    return catalog.source_images("digits-c")[: 2 * BATCH]
+    return catalog.source_images("digits-c")[: 2 * BATCH][0]
 
 
 def make(method: str, family: str) -> Adapter:

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from tta.datasets import digits
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import CorruptedImages
 
 
-def source_images() -> Tensor:
-    """The clean digits that the embedded source models were trained on: (997, 3, 32, 32), uint8."""
-    return digits.split("train")[0]
+def source_images() -> TensorDataset:
+    """The clean digits that the embedded source models were trained on, with labels: 997 of (3, 32, 32), uint8."""
+    return TensorDataset(*digits.split("train")[:2])
 
 
 def domains(

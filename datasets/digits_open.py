@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from tta.datasets import digits
+from tta.datasets import digits, digits_c
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import UNKNOWN, Classes, CorruptedImages
 
@@ -13,10 +13,10 @@ KNOWN = 8  # classes of digits-cnn-8
 CLASSES_OF = {"digits-open": Classes(KNOWN)}
 
 
-def source_images() -> Tensor:
-    """The clean digits 0 to 7 that ``digits-cnn-8`` was trained on: (n, 3, 32, 32), uint8."""
+def source_images() -> TensorDataset:
+    """The clean digits 0 to 7 that ``digits-cnn-8`` was trained on, with labels: n of (3, 32, 32), uint8."""
     images, labels, _ = digits.split("train")
-    return images[labels < KNOWN]
+    return TensorDataset(images[labels < KNOWN], labels[labels < KNOWN])
 
 
 def domains(
@@ -36,13 +36,8 @@ def domains(
     Raises:
         ValueError: an unknown corruption or severity, or more samples than there are.
     """
-    images, labels, index = digits.split("test")
-    if samples is not None and not 1 <= samples <= len(images):
-        raise ValueError(f"samples is between 1 and {len(images)}; got {samples}.")
-    labels = torch.where(labels < KNOWN, labels, UNKNOWN)
-    first = slice(samples)
-    clean = images[first], labels[first], index[first]
-    origin, classes = "scikit-learn's digits", Classes(KNOWN)
-    return [
-        CorruptedImages(n, *clean, severity=severity, seed=seed, origin=origin, classes=classes) for n in corruptions
-    ]
+    found = digits_c.domains(severity=severity, corruptions=corruptions, samples=samples, seed=seed)
+    for domain in found:
+        domain.labels = torch.where(domain.labels < KNOWN, domain.labels, UNKNOWN)
+        domain.classes = Classes(KNOWN)
+    return found

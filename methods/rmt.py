@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tta import augment, memory, norms, taps
 from tta.adapter import Adapter, require
@@ -18,13 +19,25 @@ class RMTConfig(ContrastConfig):
 
     Attributes:
         mt_alpha: share of itself that the teacher keeps at each step.
+        lambda_ce_src: weight of the classification of labelled source images beside each batch; 1 in the paper, 0 for its
+            variant without source data at test time.
+        num_samples_warm_up: source images on which student and teacher train before the stream, without labels; 50 000 in
+            the paper.
+        source_samples: source images kept for both, a random sample; the paper has all.
     """
 
     mt_alpha: float = 0.999
+    lambda_ce_src: float = 0.0
+    num_samples_warm_up: int = 0
+    source_samples: int = 50_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
+        require(self.lambda_ce_src >= 0, f"lambda_ce_src={self.lambda_ce_src}", "a weight of 0 or more")
+        warm = self.num_samples_warm_up
+        require(warm >= 0, f"num_samples_warm_up={warm}", "a number of images, 0 for none")
+        require(self.source_samples >= 1, f"source_samples={self.source_samples}", "1 image or more")
 
 
 class RMT(Adapter):
@@ -33,15 +46,21 @@ class RMT(Adapter):
     Döbler et al., "Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", CVPR 2023.
 
     All parameters called ``weight`` or ``bias`` adapt; BatchNorm layers normalise by the batch. Scored are the summed
-    logits of student and teacher, both from before the step. This is the paper's variant without source data at test
-    time: neither replay nor warm-up. ``source=`` gives source images for the prototypes.
+    logits of student and teacher, both from before the step. ``source=`` gives source images for the prototypes. The
+    defaults are the paper's variant without source data at test time; ``lambda_ce_src=1 num_samples_warm_up=50000`` is the
+    paper's own, with source images at hand throughout, and labels. The learning rate rises evenly during the warm-up, and
+    a reset goes back to its end; the optimizer's moments start afresh there.
     """
 
     config: RMTConfig
 
     @classmethod
     def source_needs(cls, model: nn.Module, config: RMTConfig) -> list[Need]:
-        return prototypes_need(model, config)
+        needs = prototypes_need(model, config)
+        if config.lambda_ce_src or config.num_samples_warm_up:
+            settings = {"samples": config.source_samples}
+            needs.append(Need("replay", labels=config.lambda_ce_src > 0, settings=settings))
+        return needs
 
     def configure_model(self) -> None:
         self.model.requires_grad_(False)
@@ -51,8 +70,12 @@ class RMT(Adapter):
             parameter.requires_grad_(name.rpartition(".")[2] in ("weight", "bias"))
         self.teacher = memory.frozen_copy(self.model)
         self.head = taps.head(self.model)
-        contrast = PrototypeContrast(self.known[0], self.config, self.generator) if self.known else None
+        known = {kind: entry for entry in self.known for kind in ("prior", "images") if kind in entry}
+        contrast = PrototypeContrast(known["prior"], self.config, self.generator) if "prior" in known else None
         self.contrast: PrototypeContrast | None = contrast
+        # Not in buffers: the state would carry the source images along, and the snapshot that a reset needs a copy.
+        self._replay = known.get("images")
+        self._warm_up()
 
     def predict(self, x: Tensor) -> Tensor:
         """Sum of the student's and the teacher's logits."""
@@ -70,6 +93,33 @@ class RMT(Adapter):
             loss = config.lambda_ce_trg * agreement.mean() / 2
             if self.contrast is not None:
                 loss = loss + config.lambda_cont * self.contrast(*features)
+            if config.lambda_ce_src:
+                images, labels = self._source_batch()
+                loss = loss + config.lambda_ce_src * F.cross_entropy(logits_of(self.model(images)), labels)
             made = self.update(loss)
             memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
         return logits + target
+
+    def _warm_up(self) -> None:
+        """Let student and teacher agree on source images, while the learning rate rises."""
+        batches = self.config.num_samples_warm_up // self.config.source_batch_size
+        if not batches:
+            return
+        self.optimizer = self._new_optimizer()
+        assert self.optimizer is not None
+        for batch in range(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * (batch + 1) / batches
+            images, _ = self._source_batch()
+            with torch.no_grad():
+                target = logits_of(self.teacher(images))
+            made = self.update(symmetric_cross_entropy(logits_of(self.model(images)), target).mean())
+            memory.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
+
+    def _source_batch(self) -> tuple[Tensor, Tensor]:
+        """Source images drawn at random, each once a batch, and their labels."""
+        assert self._replay is not None
+        images, labels = self._replay["images"], self._replay["labels"]
+        drawn = torch.randperm(len(images), generator=self.generator)[: self.config.source_batch_size]
+        drawn = drawn.to(images.device)
+        return images[drawn].to(self.device).float() / 255, labels[drawn].to(self.device)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "configs": "tta.configs"}
 
-TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.augmix tta.sharpness tta.evolution tta.fingerprint"
+TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.augmix tta.sharpness tta.evolution tta.shift tta.fingerprint"
 ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source tta.contrast tta.weighting"
 ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine tta.sanity numpy"
 MEASURING = "tta.metrics tta.curves tta.cost tta.record tta.predictions"
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "tta.augmix": TOOLS,
     "tta.sharpness": TOOLS,
     "tta.evolution": TOOLS,
+    "tta.shift": TOOLS,
     "tta.fingerprint": TOOLS,
     "tta.adapter": ADAPTER,
     "tta.source": ADAPTER,

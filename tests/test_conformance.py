@@ -45,6 +45,7 @@ VARIANTS = [
     ("deyo", {"optimizer": "sgd", "lr": 0.05, "steps": 2, "augment": "pixel", "plpd_threshold": -1.0, "exclude": ()}),
     ("rdumb", {"optimizer": "sgd", "lr": 0.05, "reset_every": 4, "steps": 2}),
     ("rmt", {"optimizer": "sgd", "lr": 0.01, "lambda_cont": 0.0, "mt_alpha": 0.9}),
+    ("rmt", {"optimizer": "sgd", "lr": 0.01, "num_samples_warm_up": 128, "source_samples": 100}),
     ("roid", {"optimizer": "sgd", "lr": 0.01, "steps": 2, "augment": "none", "use_weighting": False}),
     ("rpl", {"optimizer": "sgd", "lr": 0.05, "steps": 2}),
     ("santa", {"optimizer": "sgd", "lr": 0.05, "steps": 2, "projection_dim": 8}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import tta
 from tta.contrast import contrastive, new_projector
@@ -148,3 +149,62 @@ def test_without_contrast_no_source_is_needed(cnn, batches, method):
 def test_settings_out_of_range_are_named(cnn, golden_source, settings, message):
     with pytest.raises(ValueError, match=message):
         tta.adapt(cnn, "rmt", source=golden_source[:64], **settings)
+
+
+def test_replay_adds_the_classification_of_source_images(cnn, golden_source, batches):
+    """With as many source images kept as a batch holds, each batch replays all of them."""
+    images = (golden_source[:16] * 255).round() / 255
+    labels = torch.arange(16) % 10
+    sgd = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "augment": "none", "lambda_cont": 0.0, "lambda_ce_trg": 0.0}
+    source = TensorDataset(images, labels)
+    adapter = tta.adapt(cnn, "rmt", source=source, lambda_ce_src=0.5, source_batch_size=16, **sgd)
+    parameters = adapter.parameters_to_adapt()
+    before = [p.detach().clone() for p in parameters]
+    gradients = torch.autograd.grad(0.5 * F.cross_entropy(adapter.model(images), labels), parameters)
+    assert not any(value.shape[-3:] == images.shape[1:] for value in adapter.state_dict().values())
+    adapter(batches[0])
+    for parameter, old, gradient in zip(parameters, before, gradients, strict=True):
+        torch.testing.assert_close(parameter, old - 0.1 * gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_replay_and_warm_up_go_on_from_a_saved_state_and_again_after_a_reset(cnn, golden_source, batches):
+    source = TensorDataset(golden_source[:64], torch.arange(64) % 10)
+    settings = {"lambda_ce_src": 1.0, "num_samples_warm_up": 64, "source_batch_size": 16, "source_samples": 40}
+
+    def fresh():
+        return tta.adapt(cnn, "rmt", source=source, **settings)
+
+    adapter, other = fresh(), fresh()
+    first = [adapter(x) for x in batches]
+    other(batches[0])
+    loaded = fresh()
+    loaded.load_state_dict(other.state_dict())
+    assert all(torch.equal(loaded(x), y) for x, y in zip(batches[1:], first[1:], strict=True))
+    adapter.reset()
+    assert all(torch.equal(adapter(x), y) for x, y in zip(batches, first, strict=True))
+
+
+def test_warm_up_is_agreement_on_source_images_at_a_rising_rate(cnn, golden_source):
+    """Two batches of the same 16 images, at half the learning rate and at all of it."""
+    images = (golden_source[:16] * 255).round() / 255
+    sgd = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "lambda_cont": 0.0}
+    plain = tta.adapt(cnn, "rmt", **sgd)
+    student, teacher = plain.model, plain.teacher
+    adapter = tta.adapt(cnn, "rmt", source=images, num_samples_warm_up=32, source_batch_size=16, mt_alpha=0.9, **sgd)
+    parameters = plain.parameters_to_adapt()
+    for lr in (0.05, 0.1):
+        p, q = student(images), teacher(images).detach()
+        loss = -(q.softmax(1) * p.log_softmax(1) + p.softmax(1) * q.log_softmax(1)).sum(1).mean() / 2
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data -= lr * gradient
+        for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
+            average.data = 0.9 * average + 0.1 * parameter.data
+    for mine, theirs in ((adapter.model, student), (adapter.teacher, teacher)):
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert any(not torch.equal(a, b) for a, b in zip(adapter.model.parameters(), cnn.parameters(), strict=True))
+
+
+def test_replay_needs_labels(cnn, golden_source):
+    with pytest.raises(ValueError, match="replay needs labelled source images"):
+        tta.adapt(cnn, "rmt", source=golden_source[:64], lambda_ce_src=1.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tta
-from tta.datasets import digits, digits_open
+from tta.datasets import catalog, digits, digits_open
 
 
 def test_held_out_images_are_disjoint_from_training():
@@ -40,3 +40,12 @@ def test_open_digits_arrive_as_unknown_to_a_model_that_never_saw_them():
     result = tta.evaluate(tta.adapt(tta.load_model("digits-cnn-8"), "source"), stream.clean(), progress=False)
     assert result.mean_error < 4
     assert result.metrics["auroc"] > 80
+
+
+@pytest.mark.parametrize("stream", ["digits-c", "digits-open"])
+def test_source_images_come_with_their_labels(stream):
+    images, labels = catalog.source_images(stream).tensors
+    train, of_train, _ = digits.split("train")
+    kept = of_train < (8 if stream == "digits-open" else 10)
+    assert torch.equal(images, train[kept])
+    assert torch.equal(labels, of_train[kept])

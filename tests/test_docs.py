@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import tta
-from tta import benchmark, cli, published
+from tta import benchmark, cli, figures, published
 from tta.datasets import catalog, download
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,9 @@ def problem(command):
     try:
         given = cli._parser().parse_args(shlex.split(command, comments=True)[1:])
         action = given.action.__name__.strip("_")
-        if action in ("run", "plot", "source"):
+        if action == "plot" and given.what != "schedule":
+            assert given.what in figures.FIGURES
+        elif action in ("run", "plot", "source"):
             stream = [given.data] if action == "source" and given.data in catalog.STREAMS else []
             cli.parse_request([*stream, *given.words])
         elif action == "bench" and given.name.endswith(".yaml"):
@@ -75,7 +77,8 @@ def test_links_and_pictures_are_there(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_understood(page):
-    commands = [line for code in blocks(page, "bash") for line in code.splitlines() if line.startswith("tta ")]
+    lines = [line for code in blocks(page, "bash") for line in code.splitlines()]
+    commands = [line.partition(" > ")[0] for line in lines if line.startswith("tta ")]
     assert [f"{command}: {wrong}" for command in commands if (wrong := problem(command))] == []
 
 

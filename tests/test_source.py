@@ -53,6 +53,17 @@ def test_feature_moments_of_the_first_confident_images(cnn, golden_source):
         known(cnn, Need("feature_moments", ("fc",), settings={"max_entropy": 0.0}), golden_source[:64])
 
 
+def test_replay_keeps_a_random_sample_of_the_images_with_their_labels(cnn):
+    images = (torch.arange(200) / 255)[:, None, None, None].expand(200, 3, 8, 8)
+    need = Need("replay", labels=True, settings={"samples": 50})
+    found = known(cnn, need, TensorDataset(images, torch.arange(200)))
+    assert found["images"].dtype == torch.uint8
+    assert torch.equal(found["images"][:, 0, 0, 0].long(), found["labels"])
+    assert len(found["labels"].unique()) == 50
+    assert 70 < found["labels"].float().mean() < 130  # of a sample: 99.5 with a standard error of 7; the first 50: 24.5
+    assert torch.equal(known(cnn, Need("replay", settings={"samples": 500}), images)["labels"], torch.full((200,), -1))
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_class_moments(cnn, golden_source, labels):
     images, given = golden_source[:100], torch.arange(100) % 9

@@ -23,6 +23,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 BINS = 15  # of the confidence, as the expected calibration error has them
 UNTOLD = ("seed", "weights")  # runs that differ in these alone are averaged
+TOLD_FIRST = ("stream", "protocol", "model")  # and no other where these tell the runs of a method apart
 
 
 def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
@@ -166,7 +167,8 @@ def grid(results: Iterable[Result]) -> "Figure":
         table = np.array([[_mean(found.get((lr, int(steps)), [])) for lr in rates] for steps in numbers])
         _cells(axes, table, [str(steps) for steps in numbers], [f"{lr:g}" for lr in rates], tables.number)
         axes.set_title(method, fontsize=9, loc="left")
-        axes.set(xlabel="lr", ylabel="steps")
+        axes.set_xlabel("lr", fontsize=8)
+        axes.set_ylabel("steps", fontsize=8)
     for axes in panels[len(cells) :]:
         axes.set_axis_off()
     return figure
@@ -187,16 +189,23 @@ def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
     Raises:
         ValueError: no results.
     """
-    compared = report.compare(results).runs
-    values: dict[tuple[str, str], set[str]] = {}
-    for run in compared:
-        for name, value in run.settings.items():
-            values.setdefault((run.label, name), set()).add(value)
-    runs: dict[str, list[Result]] = {}
-    for run in compared:
-        told = [name for name in run.settings if name not in UNTOLD and len(values[run.label, name]) > 1]
-        runs.setdefault(" · ".join([run.label, *(f"{n} {run.settings[n]}" for n in told)]), []).append(run.result)
-    return runs
+    of_label: dict[str, list[report.Run]] = {}
+    for run in report.compare(results).runs:
+        of_label.setdefault(run.label, []).append(run)
+    found: dict[str, list[Result]] = {}
+    for label, runs in of_label.items():
+        told: list[str] = []
+        for name in sorted(runs[0].settings, key=lambda name: name not in TOLD_FIRST):
+            if name not in UNTOLD and len(_places(runs, [*told, name])) > len(_places(runs, told)):
+                told.append(name)
+        for run in runs:
+            words = [run.settings[name] if name in TOLD_FIRST else f"{name} {run.settings[name]}" for name in told]
+            found.setdefault(" · ".join([label, *words]), []).append(run.result)
+    return found
+
+
+def _places(runs: Iterable[report.Run], names: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(run.settings[name] for name in names) for run in runs}
 
 
 def reliability(results: Sequence[Result]) -> tuple[Floats, Floats, Floats]:

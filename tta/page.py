@@ -4,6 +4,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tta import figures
@@ -51,7 +52,7 @@ def page(table: Comparison | Summary, results: Sequence[Result], *, title: str =
     """
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Online error in %</h2>", table.to_html()]
     parts += [f"<h2>{html.escape(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _pictures(results).items()]
-    if results and "matplotlib" not in _available():
+    if find_spec("matplotlib") is None:
         parts.append("<p>Pictures need matplotlib: pip install 'tta-toolkit[plot]', then write this page again.</p>")
     parts.append("<h2>Settings</h2>")
     parts += [_told(label, member) for label, members in _grouped(results).items() for member in members]
@@ -61,12 +62,6 @@ def page(table: Comparison | Summary, results: Sequence[Result], *, title: str =
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-
-
-def _available() -> set[str]:
-    from importlib.util import find_spec
-
-    return {name for name in ("matplotlib",) if find_spec(name)}
 
 
 def _grouped(results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from tta import fingerprint, norms, taps
+from tta import fingerprint, norms, shift, taps
 from tta.functional import batch_moments, entropy, logits_of
 from tta.memory import RunningGaussian
 
@@ -217,9 +217,64 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
     return {name: value / batches for name, value in zip(names, total, strict=True)}
 
 
+def replay(model: nn.Module, need: Need) -> Recorder:
+    """Source images themselves, to be shown to the model again; a file of such statistics holds source data.
+
+    Setting ``samples`` keeps a random sample of so many (Vitter, "Random Sampling with a Reservoir", ACM TOMS 1985), or
+    all if there are no more.
+
+    Returns:
+        ``images`` (images, 3, height, width), uint8, rounded to whole steps of 1/255; ``labels`` (images,), int64, -1 where
+        none are asked for.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept: list[tuple[Tensor, Tensor]] = []
+    seen = 0
+    while (batch := (yield)) is not None:
+        labels = torch.full((len(batch[0]),), -1) if batch[1] is None else batch[1].cpu()
+        for image, label in zip((batch[0].detach() * 255).round().byte().cpu(), labels, strict=True):
+            place = seen if seen < need.settings["samples"] else int(torch.randint(seen + 1, (), generator=generator))
+            if place < need.settings["samples"]:
+                kept[place : place + 1] = [(image.clone(), label.clone())]
+            seen += 1
+    if len({image.shape for image, _ in kept}) > 1:
+        raise ValueError("The source images to be kept differ in size; expected images of one size.")
+    return {"images": torch.stack([i for i, _ in kept]), "labels": torch.stack([label.long() for _, label in kept])}
+
+
+def shift_network(model: nn.Module, need: Need) -> Recorder:
+    """The weights of a :class:`tta.shift.ShiftNetwork`, trained on the features and labels of all source images.
+
+    Returns:
+        its state, and ``prior`` (classes,), the share of images that a class has.
+    """
+    known: list[tuple[Tensor, Tensor]] = []
+    classes = 0
+    while (batch := (yield)) is not None:
+        assert batch[1] is not None
+        features, logits = _features(model, need, batch[0])
+        known.append((features, batch[1]))
+        classes = logits.shape[1]
+    features, labels = (torch.cat(parts) for parts in zip(*known, strict=True))
+    if not ((labels >= 0) & (labels < classes)).all():
+        raise ValueError(f"A source label lies outside 0 to {classes - 1}, the classes of the model.")
+    prior = torch.bincount(labels, minlength=classes) / len(labels)
+    network = shift.train(features, labels, prior, model.get_submodule(need.layers[0]), **need.settings)
+    return {**network.state_dict(), "prior": prior}
+
+
 KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
     kind.__name__: kind
-    for kind in (activation_moments, feature_moments, token_moments, class_moments, class_gaussians, fisher)
+    for kind in (
+        activation_moments,
+        feature_moments,
+        token_moments,
+        class_moments,
+        class_gaussians,
+        fisher,
+        replay,
+        shift_network,
+    )
 }
 
 
