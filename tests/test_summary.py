@@ -136,6 +136,12 @@ def test_published_means_stand_beside_ours():
     assert [line.published for line in second.lines] == [None] * 3  # another protocol
     assert first.lines[0].versus_published == "43.5 (+21.5)"
     assert "WRN-28-10" in found.to_text()
+    assert found.to_frame()["vs published"].tolist()[0] == pytest.approx(first.lines[0].score("mean").mean - 43.5)
+    assert found.to_frame()["vs published"].isna().tolist() == [False] * 3 + [True] * 3
+    elsewhere = summary.summarise(rows[3:], outcomes(rows), published="tent-cifar10-c")
+    assert elsewhere.notes[-1].startswith(
+        "published: nothing to compare with; that table is of stream 'cifar10-c' and "
+    )
     with pytest.raises(ConfigError, match="No published table 'tent'"):
         summary.summarise(rows, {}, published="tent")
 

@@ -89,8 +89,14 @@ class Line:
         """``18.6 (+0.3)``: the published mean, and the difference to it."""
         if self.published is None:
             return "-"
+        off = self.off_published
+        return tables.number(self.published) + ("" if off is None else f" ({tables.signed(off)})")
+
+    @property
+    def off_published(self) -> float | None:
+        """The difference of the mean to the published one, in percentage points; None where either is missing."""
         own = self.score(MEAN)
-        return tables.number(self.published) + (f" ({tables.signed(own.mean - self.published)})" if own else "")
+        return own.mean - self.published if own and self.published is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +179,7 @@ class Summary:
                 record["seeds"] = mean.seeds if mean else 0
                 record[f"vs {BASELINE}"] = line.difference.mean if line.difference else None
                 record["published"] = line.published
+                record["vs published"] = line.off_published
                 for name in section.metrics:
                     record[name] = line.measured[name].mean if name in line.measured else None
                 record["problems"] = "; ".join(dict.fromkeys(reason for _, reason in line.problems))
@@ -455,8 +462,11 @@ def _notes(sections: Sequence[Section], known: "published_tables.Published | Non
         yield f"({ORACLE}): labels of the test images selected its hyper-parameters or steps; no deployment has them."
     if any(section.way and WAYS[section.way].labels == "validation" for section in sections):
         yield "validation: its labels are of the same images under four corruptions that the table does not show."
-    if known is not None:
+    if known is not None and any(known.fits(section.place) for section in sections):
         yield f"published: {known.about}. {known.source}. Its model: {known.manifest.get('model', 'not said')}."
+    elif known is not None:
+        said = " and ".join(f"{key} '{known.manifest[key]}'" for key in ("stream", "protocol") if key in known.manifest)
+        yield f"published: nothing to compare with; that table is of {said} ({known.about})."
 
 
 def _plain(value: Any) -> str:
