@@ -16,7 +16,8 @@ from tta.datasets import catalog, download
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -80,6 +81,21 @@ def test_commands_are_understood(page):
     lines = [line for code in blocks(page, "bash") for line in code.splitlines()]
     commands = [line.partition(" > ")[0] for line in lines if line.startswith("tta ")]
     assert [f"{command}: {wrong}" for command in commands if (wrong := problem(command))] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_within_a_sentence_are_there(page):
+    known = cli._parser()._subparsers._group_actions[0].choices
+    named = re.findall(r"`tta ([a-z]+)", prose(page))
+    named_scripts = re.findall(r"`python (\S+\.py)", prose(page))
+    assert [name for name in named if name not in known] == []
+    assert [name for name in named_scripts if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```yaml" in PAGES[page]])
+def test_benchmarks_shown_are_understood(page):
+    for code in blocks(page, "yaml"):
+        assert benchmark.load(yaml.safe_load(code))
 
 
 @pytest.mark.parametrize(
