@@ -105,6 +105,18 @@ def test_grid_has_a_cell_for_each_pair_that_ran(results):
     assert [text.get_text() for text in axes.texts] == [f"{result.mean_error:.1f}" for result in runs]
 
 
+def test_grid_keeps_validation_corruptions_apart_from_those_of_the_test(results):
+    runs = [dataclasses.replace(results[0], method="tent", config={"lr": lr, "steps": 1}) for lr in (1e-3, 1e-2)]
+    validation = [
+        dataclasses.replace(run, rows=(dataclasses.replace(run.rows[0], domain="spatter", errors=0),), predictions=None)
+        for run in runs
+    ]
+    cells = {axes.get_title(loc="left"): axes.texts for axes in figures.grid([*runs, *validation]).axes}
+    assert list(cells) == ["tent\nfog +1", "tent\nspatter"]
+    assert [text.get_text() for text in cells["tent\nfog +1"]] == [f"{runs[0].mean_error:.1f}"] * 2
+    assert [text.get_text() for text in cells["tent\nspatter"]] == ["0.0"] * 2
+
+
 def test_thirty_methods_have_styles_of_their_own(results):
     many = [dataclasses.replace(results[n % 2], method=f"method{n}") for n in range(30)]
     lines = [line for line in figures.curve(many).axes[0].get_lines() if line.get_label().startswith("method")]

@@ -142,34 +142,38 @@ def calibration(results: Iterable[Result]) -> "Figure":
 
 
 def grid(results: Iterable[Result]) -> "Figure":
-    """Mean error by learning rate and steps, a field of cells a method: those that ran with several of either.
+    """Mean error by learning rate and steps: a field of cells a method that ran with several of either.
+
+    Streams, protocols and sets of domains have fields of their own: the validation corruptions of ``tta tune`` are not
+    averaged with those of the test.
 
     Raises:
         ValueError: no method ran with several learning rates or steps.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    cells: dict[str, dict[tuple[float, int], list[Result]]] = {}
+    fields: dict[tuple[str, ...], dict[tuple[float, int], list[Result]]] = {}
     for result in results:
         if "lr" in result.config and not result.manifest.get("oracle_steps"):
             place = (float(result.config["lr"]), int(result.config.get("steps", 1)))
-            cells.setdefault(result.method, {}).setdefault(place, []).append(result)
-    cells = {method: found for method, found in cells.items() if len(found) > 1}
-    if not cells:
+            fields.setdefault(_field(result), {}).setdefault(place, []).append(result)
+    fields = {field: found for field, found in fields.items() if len(found) > 1}
+    if not fields:
         raise ValueError(
             "No method here ran with several learning rates or steps: give a benchmark a grid (`tta tune`)."
         )
-    rates, numbers = (sorted({place[n] for found in cells.values() for place in found}) for n in (0, 1))
-    across = min(4, len(cells))
-    down = math.ceil(len(cells) / across)
-    figure = new_figure((across * (1 + 0.65 * len(rates)), down * (1.1 + 0.4 * len(numbers))))
+    told = [n for n in range(1, 4) if len({field[n] for field in fields}) > 1]
+    rates, numbers = (sorted({place[n] for found in fields.values() for place in found}) for n in (0, 1))
+    across = min(4, len(fields))
+    down = math.ceil(len(fields) / across)
+    figure = new_figure((across * (1 + 0.65 * len(rates)), down * (1.1 + 0.2 * len(told) + 0.4 * len(numbers))))
     panels = figure.subplots(down, across, squeeze=False).flatten()
-    for axes, (method, found) in zip(panels, cells.items(), strict=False):
+    for axes, (field, found) in zip(panels, fields.items(), strict=False):
         table = np.array([[_mean(found.get((lr, int(steps)), [])) for lr in rates] for steps in numbers])
         _cells(axes, table, [str(steps) for steps in numbers], [f"{lr:g}" for lr in rates], tables.number)
-        axes.set_title(method, fontsize=9, loc="left")
+        axes.set_title("\n".join([field[0], *(_first_of(field[n]) for n in told)]), fontsize=9, loc="left")
         axes.set_xlabel("lr", fontsize=8)
         axes.set_ylabel("steps", fontsize=8)
-    for axes in panels[len(cells) :]:
+    for axes in panels[len(fields) :]:
         axes.set_axis_off()
     return figure
 
@@ -181,6 +185,18 @@ FIGURES: dict[str, Callable[[Iterable[Result]], "Figure"]] = {
     "calibration": calibration,
     "grid": grid,
 }
+
+
+def _field(result: Result) -> tuple[str, ...]:
+    """What may share a field of cells: method, stream, protocol and domains."""
+    domains = ", ".join(row.domain for row in result.rows)
+    return result.method, result.stream, str(result.manifest.get("data", {}).get("protocol")), domains
+
+
+def _first_of(names: str) -> str:
+    """A list of names by its first and how many follow: ``fog +14``."""
+    first, *others = names.split(", ")
+    return f"{first} +{len(others)}" if others else first
 
 
 def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
