@@ -1,7 +1,9 @@
 """The command line, as a user types it."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -32,6 +34,28 @@ def test_run_prints_the_table_and_writes_the_results(tmp_path, capsys):
     assert found["stream"] == "digits-c"
     assert found["samples"] == 40
     assert list(found["errors"]) == ["fog", "contrast"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("batch", [1, 4], ids=["first-batch", "last-batch"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_fails_and_keeps_what_had_finished(tmp_path, capsys, monkeypatch, number, batch):
+    before, norm, seen = signal.getsignal(number), tta.methods.find("norm"), []
+    adapt = norm.adapt
+
+    def interrupted(self, x):
+        seen.append(len(x))
+        if len(seen) == batch:
+            os.kill(os.getpid(), number)
+        return adapt(self, x)
+
+    monkeypatch.setattr(norm, "adapt", interrupted)
+    try:
+        assert run("source", "norm", "tent", "--out", str(tmp_path)) == 1
+    finally:
+        signal.signal(number, before)  # the Trainer leaves Ctrl+C ignored
+    assert "stopped before the end" in capsys.readouterr().err
+    assert [file.parent.name for file in tmp_path.rglob("result.json")] == ["source"]
 
 
 def test_a_second_run_overwrites_nothing(tmp_path):

@@ -124,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _plain_warnings():
             return arguments.action(arguments)
-    except KeyboardInterrupt:
-        print("Stopped. Results of the methods that had finished are kept.", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):  # within a run, Lightning turns Ctrl+C and SIGTERM into SystemExit
+        print("tta: stopped before the end. What had finished is kept.", file=sys.stderr)
         return 1
     except Exception as error:
         if arguments.debug:

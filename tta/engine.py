@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -122,6 +123,8 @@ def evaluate(
         try:
             loader = stream.loader(num_workers, unfinished=where != "cpu", pin_memory=where == "cuda")
             trainer.test(module, loader, verbose=False)
+            if trainer.received_sigterm:  # the Trainer itself does not look after the last batch
+                raise SIGTERMException
         finally:
             module.passes.detach()
     adapter.to(device)
