@@ -88,6 +88,7 @@ def evaluate(
 
     Raises:
         ValueError: an unknown reset or cost, a precision that is not supported, or ``oracle_steps`` below 0.
+        SystemExit: the run was stopped by SIGTERM or Ctrl+C.
     """
     if precision not in PRECISIONS:
         raise ValueError(
