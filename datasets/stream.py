@@ -140,22 +140,22 @@ class Stream(Dataset[Batch]):
         self.order = schedule.order
         self.paused = schedule.paused or (False,) * len(schedule.lengths)
         self.cost = schedule.cost
-        self._batches = self.order.split(schedule.lengths)  # type: ignore[no-untyped-call]
+        self._batches = [column.split(schedule.lengths) for column in self.order.unbind(1)]
+        self._only = _only(self.order[:, 0], schedule.lengths)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._only)
 
     def __getitem__(self, batch: int) -> Batch:
         """The batch with images as they are stored (uint8 where the source has them so)."""
         return self._read(batch, lambda domain: domain.images)
 
     def _read(self, batch: int, reader: Callable[[Domain], Callable[[Tensor], Tensor]]) -> Batch:
-        domain, positions = self._batches[batch].unbind(1)
-        present = _present(domain)
-        if len(present) == 1:
-            only = self.domains[present[0]]
+        domain, positions = (column[batch] for column in self._batches)
+        if self._only[batch] >= 0:
+            only = self.domains[self._only[batch]]
             return Batch(reader(only)(positions), only.labels[positions], domain, only.index[positions])
-        parts = [(domain == n, self.domains[n], positions[domain == n]) for n in present]
+        parts = [(domain == n, self.domains[n], positions[domain == n]) for n in _present(domain)]
         labels, index = torch.empty_like(positions), torch.empty_like(positions)
         for where, owner, what in parts:
             labels[where], index[where] = owner.labels[what], owner.index[what]
@@ -252,8 +252,8 @@ class Stream(Dataset[Batch]):
     def schedule(self) -> list[Plan]:
         """What arrives when, batch by batch; reads no image."""
         return [
-            Plan(n, tuple(self.domains[d].name for d in _present(order[:, 0])), len(order), self.paused[n])
-            for n, order in enumerate(self._batches)
+            Plan(n, tuple(self.domains[d].name for d in _present(domain)), len(domain), self.paused[n])
+            for n, domain in enumerate(self._batches[0])
         ]
 
     def loader(self, num_workers: int = 0, *, unfinished: bool = False, pin_memory: bool = False) -> DataLoader[Batch]:
@@ -265,7 +265,14 @@ class Stream(Dataset[Batch]):
             pin_memory: put batches where a CUDA device copies them from while it computes.
         """
         dataset: Dataset[Batch] = _Unfinished(self) if unfinished else self
-        return DataLoader(dataset, batch_size=None, shuffle=False, num_workers=num_workers, pin_memory=pin_memory)
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            shuffle=False,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # of its own: to read draws nothing that a method would have drawn
+        )
 
     def describe(self) -> dict[str, Any]:
         """The stream's part of a manifest: settings, order, image numbers and contents, hashed."""
@@ -288,13 +295,22 @@ class Stream(Dataset[Batch]):
             f"protocol {self.protocol} (reset {self.reset}), seed {self.seed}"
         )
         lines = [f"  images {origin}" for origin in self.origins]
-        batch = torch.repeat_interleave(torch.arange(len(self)), torch.tensor([len(part) for part in self._batches]))
+        batch = torch.repeat_interleave(torch.arange(len(self)), torch.tensor([len(part) for part in self._batches[0]]))
         for number, domain in enumerate(self.domains):
             mine = batch[self.order[:, 0] == number]
             first, last, held = (int(mine[0]), int(mine[-1]), len(mine.unique())) if len(mine) else (0, -1, 0)
             span = f"batches {first}-{last}" if held == last - first + 1 else f"{held} of batches {first}-{last}"
             lines.append(f"  {domain.name:<20} {span if held else 'no batches':<18} {len(mine):>6} samples")
         return "\n".join([head, *lines])
+
+
+def _only(domain: Tensor, lengths: Sequence[int]) -> list[int]:
+    """For each batch the domain of all its samples, -1 where there are several."""
+    changes = torch.cat([torch.zeros(1, dtype=torch.int64), (domain[1:] != domain[:-1]).cumsum(0)])
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    return torch.where(changes[starts] == changes[ends - 1], domain[starts], -1).tolist()
 
 
 def _present(domain: Tensor) -> list[int]:

@@ -93,6 +93,18 @@ def test_worker_processes_change_nothing(cnn, stream):
     assert (plain.predictions.prediction == parallel.predictions.prediction).all()
 
 
+def test_reading_draws_nothing_that_a_method_would_have_drawn(cnn, stream):
+    class Guess(tta.Adapter):
+        def adapt(self, x):
+            return torch.randn(len(x), 10)  # from the generator that everybody shares
+
+    torch.manual_seed(stream.seed)
+    plain = torch.cat([torch.randn(len(batch.labels), 10).argmax(1) for batch in stream])
+    for workers in (0, 2):
+        result = tta.evaluate(tta.adapt(cnn, Guess), stream, progress=False, num_workers=workers)
+        assert (result.predictions.prediction == plain.numpy()).all()
+
+
 def test_logger_gets_the_errors(cnn, stream, tmp_path):
     result = tta.evaluate(tta.adapt(cnn, "norm"), stream, progress=False, logger=CSVLogger(tmp_path, name="x"))
     (file,) = tmp_path.rglob("metrics.csv")

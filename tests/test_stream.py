@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 import tta
+from tta.datasets.stream import _only
 
 
 class Unreadable(Dataset):
@@ -58,6 +59,13 @@ def test_loader_gives_the_batches_of_the_stream(num_workers):
     stream = tta.stream({"a": images(10), "b": images(7)}, batch_size=4)
     for mine, loaded in zip(stream, stream.loader(num_workers), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, loaded, strict=True))
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(1, 5))
+def test_batches_of_one_domain_are_told_from_mixed_ones(domains, batch_size):
+    parts = [torch.tensor(domains[start : start + batch_size]) for start in range(0, len(domains), batch_size)]
+    found = _only(torch.tensor(domains), [len(part) for part in parts])
+    assert found == [int(part[0]) if len(part.unique()) == 1 else -1 for part in parts]
 
 
 def test_pil_images_become_floats_in_the_unit_interval():

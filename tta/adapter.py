@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -486,7 +487,7 @@ class Adapter(nn.Module):
             )
         if x.device.type in self._CHECKED_AT_ONCE:
             # A sum is not finite where an image is not, at a tenth of the cost; where huge values overflow it, count.
-            bad = 0 if x.sum().isfinite() else int((~x.isfinite()).flatten(1).any(1).sum())
+            bad = 0 if math.isfinite(x.sum()) else int((~x.isfinite()).flatten(1).any(1).sum())
             if bad:
                 raise ValueError(f"{bad} of the {len(x)} images hold NaN or infinite values. Nothing was learned.")
         else:
@@ -501,6 +502,8 @@ class Adapter(nn.Module):
 
     def _read_counters(self) -> None:
         """Warn once of skipped updates; on a GPU the counters arrive without being waited for, a batch or so late."""
+        if self.optimizer is None and not self._counters.is_cuda:
+            return  # a method without steps has skipped none
         if self._counters.is_cuda and not self._counters_seen.is_pinned():
             self._counters_seen = self._counters_seen.pin_memory()
         self._counters_seen.copy_(self._counters, non_blocking=True)
