@@ -502,8 +502,8 @@ class Adapter(nn.Module):
 
     def _read_counters(self) -> None:
         """Warn once of skipped updates; on a GPU the counters arrive without being waited for, a batch or so late."""
-        if self.optimizer is None and not self._counters.is_cuda:
-            return  # a method without steps has skipped none
+        if self.optimizer is None and self.device.type in self._CHECKED_AT_ONCE:
+            return  # nothing can have been counted
         if self._counters.is_cuda and not self._counters_seen.is_pinned():
             self._counters_seen = self._counters_seen.pin_memory()
         self._counters_seen.copy_(self._counters, non_blocking=True)
