@@ -218,45 +218,6 @@ class Visit(Renamed):
         return {"same_images_as": self.domain.name}
 
 
-class WithOutliers:
-    """A domain with images of unknown classes behind its own; their label is -1 whatever they show.
-
-    Args:
-        domain: gives the images of known classes, and the name.
-        outliers: gives the others, which keep its order; their image numbers follow on those of ``domain``.
-        count: how many of them, the first.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-
-    def __init__(self, domain: Domain, outliers: Domain, count: int) -> None:
-        if count > len(outliers.index):
-            raise ValueError(
-                f"Domain '{domain.name}' needs {count} outliers; there are {len(outliers.index)}. Lower the rate, or "
-                "pass more of them."
-            )
-        self.name = domain.name
-        self.origin = f"{domain.origin}; {count} outliers, {outliers.origin}"
-        self.labels = torch.cat([domain.labels, torch.full((count,), UNKNOWN)])
-        first = int(domain.index.max()) + 1 if len(domain.index) else 0
-        self.index = torch.cat([domain.index, torch.arange(first, first + count)])
-        self.classes = getattr(domain, "classes", None)
-        self._parts = domain, outliers
-
-    def images(self, positions: Tensor) -> Tensor:
-        """Images at these positions."""
-        domain, outliers = self._parts
-        own = positions < len(domain.index)
-        theirs = positions[~own] - len(domain.index)
-        return gather(len(positions), [(own, domain.images, positions[own]), (~own, outliers.images, theirs)])
-
-    def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images: both parts."""
-        domain, outliers = self._parts
-        return {**domain.describe(), "outliers": outliers.describe()}
-
-
 def gather(count: int, parts: Iterable[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]]) -> Tensor:
     """One batch of ``count`` images from several places: (which places in the batch, how to read, what to read) each.
 

@@ -6,45 +6,25 @@ comes from ``numpy.random.RandomState(seed)``, drawn in the order of the release
 """
 
 import math
-import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import islice
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from tta.datasets import ccc as walks
+from tta.datasets import orders
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.domains import DatasetImages, Domain, Renamed, Visit, WithOutliers
+from tta.datasets.domains import Domain, Renamed
+from tta.datasets.orders import Positions, require
+from tta.datasets.outliers import outliers
 from tta.datasets.stream import Schedule, check, in_turn
 
-Positions = NDArray[np.int64]
 Planned = tuple[list[Domain], Schedule]
-
-# Ten random orders of the fifteen corruptions: Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022 (CoTTA).
-ORDERS: tuple[tuple[str, ...], ...] = tuple(
-    tuple(line.split())
-    for line in """
-brightness pixelate gaussian_noise motion_blur zoom_blur glass_blur impulse_noise jpeg_compression defocus_blur elastic_transform shot_noise frost snow fog contrast
-jpeg_compression shot_noise zoom_blur frost contrast fog defocus_blur elastic_transform gaussian_noise brightness glass_blur impulse_noise pixelate snow motion_blur
-contrast defocus_blur gaussian_noise shot_noise snow frost glass_blur zoom_blur elastic_transform jpeg_compression pixelate brightness impulse_noise motion_blur fog
-shot_noise fog glass_blur pixelate snow elastic_transform brightness impulse_noise defocus_blur frost contrast gaussian_noise motion_blur jpeg_compression zoom_blur
-pixelate glass_blur zoom_blur snow fog impulse_noise brightness motion_blur frost jpeg_compression gaussian_noise shot_noise contrast defocus_blur elastic_transform
-motion_blur snow fog shot_noise defocus_blur contrast zoom_blur brightness frost elastic_transform glass_blur gaussian_noise pixelate jpeg_compression impulse_noise
-frost impulse_noise jpeg_compression contrast zoom_blur glass_blur pixelate snow defocus_blur motion_blur brightness elastic_transform shot_noise fog gaussian_noise
-glass_blur zoom_blur impulse_noise fog snow jpeg_compression gaussian_noise frost shot_noise brightness contrast motion_blur pixelate defocus_blur elastic_transform
-defocus_blur motion_blur zoom_blur shot_noise gaussian_noise glass_blur jpeg_compression fog contrast pixelate frost snow brightness elastic_transform impulse_noise
-contrast gaussian_noise defocus_blur zoom_blur frost glass_blur jpeg_compression fog pixelate elastic_transform shot_noise impulse_noise snow motion_blur brightness
-""".strip().splitlines()
-)
-
 
 # ---------------------------------------------------------------------- one domain after another
 
@@ -61,8 +41,8 @@ def continual(
         shuffle: each domain's images in an order drawn from the seed instead of as they are stored; the same in each
             domain, by Python's generator, as in the benchmark of Marsden et al. (WACV 2024).
     """
-    rows = _arranged(domains, order)
-    return rows, in_turn(((n, _stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
+    rows = orders.arranged(domains, order)
+    return rows, in_turn(((n, orders.stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
 
 
 def per_domain(
@@ -126,9 +106,9 @@ def recurring(
         order: as in ``continual``.
         shuffle: as in ``continual``.
     """
-    _require(rounds >= 1, "rounds", rounds, "1 or more")
-    rows = _visits(_arranged(domains, order) * rounds)
-    return rows, in_turn(((n, _stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
+    require(rounds >= 1, "rounds", rounds, "1 or more")
+    rows = orders.visits(orders.arranged(domains, order) * rounds)
+    return rows, in_turn(((n, orders.stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
 
 
 def gradual(
@@ -151,19 +131,19 @@ def gradual(
         order: as in ``continual``; the paper's numbers are means over all ten.
         shuffle: as in ``continual``.
     """
-    _require(first in ("descending", "full"), "first", first, "'descending' or 'full'")
+    require(first in ("descending", "full"), "first", first, "'descending' or 'full'")
     steps: list[Domain] = []
-    for number, domain in enumerate(_arranged(domains, order)):
+    for number, domain in enumerate(orders.arranged(domains, order)):
         if not hasattr(domain, "severity"):
             raise ValueError(f"Protocol 'gradual' needs domains with severities; '{domain.name}' has none.")
-        _require(domain.severity % 1 == 0, "severity of protocol 'gradual'", domain.severity, "a whole number")
+        require(domain.severity % 1 == 0, "severity of protocol 'gradual'", domain.severity, "a whole number")
         severities = range(1, int(domain.severity) + 1)
         rising = [Renamed(domain.at(s), f"{domain.name}-{s}") for s in severities]  # type: ignore[attr-defined]
         if number > 0 or first == "full":
             steps += rising[:-1]
         steps += reversed(rising)
-    rows = _visits(steps)
-    return rows, in_turn(((n, _stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
+    rows = orders.visits(steps)
+    return rows, in_turn(((n, orders.stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
 
 
 def forgetting(
@@ -188,17 +168,17 @@ def forgetting(
         shuffle: as in ``continual``.
     """
     named = [domain for domain in domains if domain.name == clean]
-    _require(clean is None or bool(named), "clean", clean, f"one of {', '.join(d.name for d in domains)}, or nothing")
+    require(clean is None or bool(named), "clean", clean, f"one of {', '.join(d.name for d in domains)}, or nothing")
     if not named and not hasattr(domains[0], "clean"):
         raise ValueError(
             f"Protocol 'forgetting' needs clean images; domain '{domains[0].name}' has none. Say which of your "
             "domains is the clean one with clean=NAME."
         )
     source: Domain = named[0] if named else domains[0].clean()  # type: ignore[attr-defined]
-    others = _arranged([domain for domain in domains if domain.name != clean], order)
-    rows = _visits([row for domain in others for row in (domain, source)])
+    others = orders.arranged([domain for domain in domains if domain.name != clean], order)
+    rows = orders.visits([row for domain in others for row in (domain, source)])
     check(rows, batch_size)
-    schedule = in_turn(((n, _stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
+    schedule = in_turn(((n, orders.stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
     if learn:
         return rows, schedule
     owner = [int(part[0, 0]) for part in schedule.order.split(schedule.lengths)]  # type: ignore[no-untyped-call]
@@ -226,7 +206,7 @@ def budget(
         shuffle: as in ``continual``.
     """
     fits = cost == "measured" or (not isinstance(cost, str) and cost >= 1)
-    _require(fits, "cost", cost, "a number, 1 or more, or 'measured'")
+    require(fits, "cost", cost, "a number, 1 or more, or 'measured'")
     rows, schedule = continual(domains, seed, batch_size, order=order, shuffle=shuffle)
     return rows, replace(schedule, cost=cost)
 
@@ -241,8 +221,8 @@ def mixed(domains: Sequence[Domain], seed: int, batch_size: int) -> Planned:
     Correction", WACV 2024 (ROID), with Python's generator as in their code. Every sample once; only the last batch may be
     smaller.
     """
-    everything = _samples(domains)
-    return list(domains), _one_stream(everything[_shuffled(len(everything), seed)], batch_size)
+    everything = orders.samples(domains)
+    return list(domains), orders.one_stream(everything[orders.shuffled(len(everything), seed)], batch_size)
 
 
 def correlated(
@@ -271,16 +251,18 @@ def correlated(
         order: as in ``continual``.
         shuffle: each domain's images shuffled beforehand, as in ``continual``.
     """
-    _require(delta >= 0, "delta", delta, "0 or more")
-    rows = _arranged(domains, order)
+    require(delta >= 0, "delta", delta, "0 or more")
+    rows = orders.arranged(domains, order)
     if mixed:
-        shuffled = _shuffled(sum(len(domain.index) for domain in rows), seed)
+        shuffled = orders.shuffled(sum(len(domain.index) for domain in rows), seed)
         labels = torch.cat([domain.labels for domain in rows])[shuffled]
-        return rows, _one_stream(_samples(rows)[shuffled][_by_class(labels, delta, min_size, seed)], batch_size)
+        return rows, orders.one_stream(
+            orders.samples(rows)[shuffled][orders.by_class(labels, delta, min_size, seed)], batch_size
+        )
     parts = []
     for number, domain in enumerate(rows):
-        stored = _stored(domain, seed, shuffle)
-        parts.append((number, stored[_by_class(domain.labels[stored], delta, min_size, seed)]))
+        stored = orders.stored(domain, seed, shuffle)
+        parts.append((number, stored[orders.by_class(domain.labels[stored], delta, min_size, seed)]))
     return rows, in_turn(parts, batch_size)
 
 
@@ -304,11 +286,11 @@ def ptta(
         slots: how many a domain; left out, as many as classes, 100 at most.
         order: as in ``continual``; ``"paper"``: order 5 if all fifteen corruptions are there, else the stream's own.
     """
-    _require(gamma > 0, "gamma", gamma, "a number above 0")
-    _require(slots is None or slots >= 1, "slots", slots, "1 or more")
+    require(gamma > 0, "gamma", gamma, "a number above 0")
+    require(slots is None or slots >= 1, "slots", slots, "1 or more")
     if order == "paper":
         order = 5 if {domain.name for domain in domains} == set(CORRUPTIONS) else None
-    rows = _arranged(domains, order)  # type: ignore[arg-type]
+    rows = orders.arranged(domains, order)  # type: ignore[arg-type]
     rng = np.random.RandomState(seed)
     classes = np.unique(torch.cat([domain.labels for domain in rows]).numpy())
     count = min(len(classes), 100) if slots is None else slots
@@ -317,13 +299,13 @@ def ptta(
         shares = rng.dirichlet([gamma] * count, len(classes))
         held: list[list[Positions]] = [[] for _ in range(count)]
         for one, share in zip(classes, shares, strict=True):
-            for slot, run in zip(held, _cut(np.flatnonzero(domain.labels.numpy() == one), share), strict=True):
+            for slot, run in zip(held, orders.cut(np.flatnonzero(domain.labels.numpy() == one), share), strict=True):
                 slot.append(run)
         positions = np.concatenate([slot[i] for slot in held for i in rng.permutation(len(slot))])
         arrivals.append(np.stack([np.full_like(positions, number), positions], 1))
     everything = torch.from_numpy(np.concatenate(arrivals))
     lone = len(everything) % batch_size == 1 and batch_size > 1
-    return rows, _one_stream(everything[: len(everything) - lone], batch_size)
+    return rows, orders.one_stream(everything[: len(everything) - lone], batch_size)
 
 
 def label_shift(
@@ -354,17 +336,17 @@ def label_shift(
             possible, random ones added where rounding leaves some out.
         order: as in ``continual``.
     """
-    _require(imbalance >= 1, "imbalance", imbalance, "1 or more")
-    _require(prior is None or prior > 0, "prior", prior, "a number above 0")
-    _require(total is None or total >= 1, "total", total, "1 or more")
-    rows = _arranged(domains, order)
+    require(imbalance >= 1, "imbalance", imbalance, "1 or more")
+    require(prior is None or prior > 0, "prior", prior, "a number above 0")
+    require(total is None or total >= 1, "total", total, "1 or more")
+    rows = orders.arranged(domains, order)
     parts = []
     for number, domain in enumerate(rows):
         labels = domain.labels.numpy()
         positions = (
-            _imbalanced(labels, imbalance, total or 2 * len(labels), seed)
+            orders.imbalanced(labels, imbalance, total or 2 * len(labels), seed)
             if prior is None
-            else _with_prior(labels, prior, total, seed)
+            else orders.with_prior(labels, prior, total, seed)
         )
         parts.append((number, torch.from_numpy(positions)))
     return rows, in_turn(parts, batch_size)
@@ -394,9 +376,9 @@ def cdc(
         delta: concentration of the Dirichlet distribution.
         slots: how often a domain comes at most; with ``"dirichlet"``.
     """
-    _require(draw in ("dirichlet", "multinomial"), "draw", draw, "'dirichlet' or 'multinomial'")
-    _require(delta > 0, "delta", delta, "a number above 0")
-    _require(slots >= 1, "slots", slots, "1 or more")
+    require(draw in ("dirichlet", "multinomial"), "draw", draw, "'dirichlet' or 'multinomial'")
+    require(delta > 0, "delta", delta, "a number above 0")
+    require(slots >= 1, "slots", slots, "1 or more")
     rows, rng = list(domains), np.random.RandomState(seed)
     # One more than fit, as in the released code: where the samples fill the batches, the last is empty and falls out.
     counts = [len(domain.index) // batch_size + 1 for domain in rows]
@@ -414,7 +396,7 @@ def cdc(
 def _slots(counts: Sequence[int], delta: float, slots: int, rng: np.random.RandomState) -> Iterator[tuple[int, int]]:
     """(domain, batches) in turn: shares of each domain over the slots, the domains of a slot shuffled."""
     shares = rng.dirichlet([delta] * slots, len(counts))
-    runs = [[len(run) for run in _cut(np.arange(n), share)] for n, share in zip(counts, shares, strict=True)]
+    runs = [[len(run) for run in orders.cut(np.arange(n), share)] for n, share in zip(counts, shares, strict=True)]
     for slot in range(slots):
         yield from ((int(number), runs[number][slot]) for number in rng.permutation(len(counts)))
 
@@ -479,10 +461,10 @@ def ccc(
         per_cell: how many images that is, spread evenly over the stream's.
         recipe: of the corruptions; left out, the stream's own, ``"imagenet"`` for a dataset of yours.
     """
-    _require(0 <= target <= 100, "target", target, "an accuracy in percent")
-    _require(speed >= 1, "speed", speed, "1 or more")
-    _require(total is None or total >= 1, "total", total, "1 or more")
-    _require(per_cell >= 1, "per_cell", per_cell, "1 or more")
+    require(0 <= target <= 100, "target", target, "an accuracy in percent")
+    require(speed >= 1, "speed", speed, "1 or more")
+    require(total is None or total >= 1, "total", total, "1 or more")
+    require(per_cell >= 1, "per_cell", per_cell, "1 or more")
     names, clean = _pool(domains, target)
     if recipe is None:
         recipe = str(getattr(domains[0], "recipe", "imagenet"))
@@ -503,7 +485,7 @@ def ccc(
     chosen = walks.arrivals(len(clean.index), len(stops), speed, seed)[:count]
     name = "ccc" if accuracies.calibration is None else "ccc-style"
     walk = walks.Walk(name, clean, chosen, stops, speed, recipe=recipe, seed=seed, target=target, matrix=accuracies)
-    return [walk], replace(_one_stream(_samples([walk]), batch_size), protocol=name)
+    return [walk], replace(orders.one_stream(orders.samples([walk]), batch_size), protocol=name)
 
 
 def _pool(domains: Sequence[Domain], target: float) -> tuple[list[str], Domain]:
@@ -529,86 +511,8 @@ def _given(matrix: Any) -> walks.AccuracyMatrix | None:
         return matrix
     if isinstance(matrix, Mapping):
         return walks.AccuracyMatrix(matrix)
-    _require(isinstance(matrix, (str, PurePath)), "matrix", matrix, "a file, a mapping, or what calibrate() gives")
+    require(isinstance(matrix, (str, PurePath)), "matrix", matrix, "a file, a mapping, or what calibrate() gives")
     return walks.AccuracyMatrix.read(matrix)
-
-
-# ---------------------------------------------------------------------- unknown classes
-
-
-def outliers(
-    domains: Sequence[Domain],
-    seed: int,
-    batch_size: int,
-    *,
-    rate: float = 0.2,
-    outliers: Any = "gaussian-noise",
-    order: int | None = None,
-) -> Planned:
-    """Images of unknown classes mixed into each domain at a rate, reset before each domain.
-
-    Yu et al., "STAMP: Outlier-Aware Test-Time Adaptation with Stable Memory Replay", ECCV 2024. Each domain's images
-    and the first outliers, shuffled, every one once. Outliers have the label -1 and are left out of the errors.
-
-    Args:
-        rate: share of the outliers in a domain; 0.2 are the 2 500 beside 10 000 images of the paper.
-        outliers: ``"gaussian-noise"``, one of the paper's sources, or a dataset of your own, used as it is (its labels
-            are ignored). The paper corrupts photographs as it does the domain's images: pass a mapping from domain
-            names to datasets for such.
-        order: as in ``continual``.
-    """
-    _require(0 <= rate < 1, "rate", rate, "a share from 0 up to, not including, 1")
-    _require(not isinstance(outliers, str) or outliers == "gaussian-noise", "outliers", outliers, "'gaussian-noise'")
-    rng = np.random.RandomState(seed)
-    rows: list[Domain] = []
-    parts = []
-    for number, domain in enumerate(_arranged(domains, order)):
-        count = round(len(domain.index) * rate / (1 - rate))
-        if isinstance(outliers, str):
-            others: Domain = GaussianNoise(domain, count)
-        else:
-            own = isinstance(outliers, Mapping)
-            _require(not own or domain.name in outliers, "outliers", outliers, f"a dataset for '{domain.name}' too")
-            others = DatasetImages("outliers", outliers[domain.name] if own else outliers)
-        rows.append(WithOutliers(domain, others, count))
-        parts.append((number, torch.from_numpy(rng.permutation(len(rows[-1].index)))))
-    return rows, in_turn(parts, batch_size)
-
-
-class GaussianNoise:
-    """Pixels drawn from a normal distribution of mean 0.5 and variance 1, clipped: outliers that need no files.
-
-    Args:
-        like: a domain, whose images say how large these are.
-        count: how many images.
-    """
-
-    name = "outliers"
-    origin = "Gaussian noise"
-
-    def __init__(self, like: Domain, count: int) -> None:
-        self.index = torch.arange(count)
-        self.labels = torch.full((count,), -1)
-        self._like = like
-
-    def images(self, positions: Tensor) -> Tensor:
-        """Images at these positions, uint8."""
-        _, height, width = self._like.images(torch.tensor([0])).shape[1:]
-        return _noise(len(self.index), height, width)[positions]
-
-    def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images; the seed is always 1."""
-        return {"origin": self.origin, "count": len(self.index), "seed": 1}
-
-
-@cache
-def _noise(count: int, height: int, width: int) -> Tensor:
-    rng = np.random.RandomState(1)
-    images = torch.empty(count, 3, height, width, dtype=torch.uint8)
-    for image in images:  # one at a time: in float64 all of them would take eight times the room
-        pixels = np.clip(rng.randn(height, width, 3) + 0.5, 0, 1) * 255
-        image.copy_(torch.from_numpy(pixels.astype(np.uint8)).permute(2, 0, 1))
-    return images
 
 
 # ---------------------------------------------------------------------- the table
@@ -644,157 +548,3 @@ PROTOCOLS = {
     "forgetting": Protocol(forgetting, "never"),
     "budget": Protocol(budget, "never"),
 }
-
-
-# ---------------------------------------------------------------------- what they share
-
-
-def _require(condition: bool, name: str, given: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {expected}; got {given!r}.")
-
-
-def _arranged(domains: Sequence[Domain], order: int | None) -> list[Domain]:
-    """The domains in one of the ten orders, or as they are."""
-    if order is None:
-        return list(domains)
-    _require(isinstance(order, int) and 0 <= order < len(ORDERS), "order", order, f"0 to {len(ORDERS) - 1}")
-    if strange := [domain.name for domain in domains if domain.name not in CORRUPTIONS]:
-        raise ValueError(f"order={order} is an order of the fifteen corruptions; '{strange[0]}' is none of them.")
-    return sorted(domains, key=lambda domain: ORDERS[order].index(domain.name))
-
-
-def _visits(domains: Iterable[Domain]) -> list[Domain]:
-    """A row for each coming of a domain: the first is the domain itself, later ones are numbered."""
-    seen: Counter[str] = Counter()
-    rows: list[Domain] = []
-    for domain in domains:
-        seen[domain.name] += 1
-        rows.append(domain if seen[domain.name] == 1 else Visit(domain, seen[domain.name]))
-    return rows
-
-
-def _stored(domain: Domain, seed: int, shuffle: bool) -> Tensor:
-    """All positions of a domain, as stored or shuffled."""
-    return _shuffled(len(domain.index), seed) if shuffle else torch.arange(len(domain.index))
-
-
-def _shuffled(count: int, seed: int) -> Tensor:
-    """0 to count - 1 as Python's generator shuffles them."""
-    positions = list(range(count))
-    random.Random(seed).shuffle(positions)
-    return torch.tensor(positions, dtype=torch.int64)
-
-
-def _samples(domains: Sequence[Domain]) -> Tensor:
-    """(samples, 2): which domain, which position in it; all of them in turn."""
-    positions = [torch.arange(len(domain.index)) for domain in domains]
-    return torch.cat([torch.stack([torch.full_like(where, n), where], 1) for n, where in enumerate(positions)])
-
-
-def _one_stream(order: Tensor, batch_size: int) -> Schedule:
-    """Batches that cross domains."""
-    return Schedule(order, tuple(len(part) for part in order.split(batch_size) if len(part)), batch_size)
-
-
-def _cut(items: Positions, share: NDArray[np.float64]) -> list[Positions]:
-    """Items in consecutive runs, one for each share of them; the last gets all where the shares are not numbers.
-
-    They are not where a small concentration underflows. The released code then cuts at NaN, which comes to the same.
-    """
-    ends = np.nan_to_num(np.cumsum(share)[:-1] * len(items), nan=0.0, posinf=0.0)
-    return np.split(items, ends.astype(int))
-
-
-def _by_class(labels: Tensor, delta: float, min_size: int, seed: int) -> Tensor:
-    """Positions sorted by class (in their order within each), or in Dirichlet chunks where ``delta`` is above 0."""
-    if delta == 0:
-        return torch.sort(labels, stable=True).indices
-    return torch.from_numpy(_dirichlet_chunks(labels.numpy(), delta, min_size, np.random.RandomState(seed)))
-
-
-ATTEMPTS = 1000  # draws of a whole order until every chunk is large enough
-
-
-def _dirichlet_chunks(labels: Positions, delta: float, min_size: int, rng: np.random.RandomState) -> Positions:
-    """Positions in as many chunks as classes, each class in one run of a chunk; chunks that are full get no more."""
-    if not len(labels):
-        return np.arange(0)
-    labels = labels - min(0, labels.min())  # an unknown class, -1, counts as one
-    classes = int(labels.max()) + 1
-    of_class = [np.flatnonzero(labels == one) for one in range(classes)]
-    if classes * min_size > len(labels):
-        raise ValueError(
-            f"{len(labels)} samples do not fill {classes} chunks with {min_size} each: lower min_size, or set delta=0."
-        )
-    for _ in range(ATTEMPTS):
-        sizes = np.zeros(classes, dtype=np.int64)
-        runs: list[list[Positions]] = []  # class by class, its run in each chunk
-        for members in of_class:
-            members = members.copy()
-            rng.shuffle(members)
-            with np.errstate(invalid="ignore"):  # 0 / 0 where all that was drawn are full chunks
-                share = rng.dirichlet(np.repeat(delta, classes)) * (sizes < len(labels) / classes)
-                runs.append(_cut(members, share / share.sum()))
-            sizes += [len(run) for run in runs[-1]]
-        if sizes.min() >= min_size:
-            break
-    else:
-        raise ValueError(
-            f"No order with at least {min_size} samples in each of {classes} chunks in {ATTEMPTS} attempts: raise delta "
-            f"(now {delta}), or lower min_size."
-        )
-    positions = []
-    for chunk in range(classes):
-        turn = np.arange(classes)
-        rng.shuffle(turn)
-        positions += [runs[one][chunk] for one in turn]
-    return np.concatenate(positions)
-
-
-def _imbalanced(labels: Positions, imbalance: float, total: int, seed: int) -> Positions:
-    """Positions drawn with replacement while one class after the other prevails."""
-    known = np.unique(labels)
-    classes = len(known)
-    _require(total >= classes, "total", total, f"{classes} or more (a draw for each class)")
-    turn = list(range(classes))
-    random.Random(seed).shuffle(turn)
-    rng = np.random.RandomState(2022)
-    draws = rng.random_sample((classes, total // classes))
-    drawn = np.empty_like(draws, dtype=np.int64)
-    rare = 1 / (imbalance + classes - 1)
-    for step, prevalent in enumerate(turn):
-        probability = np.full(classes, rare)
-        probability[prevalent] = rare * imbalance
-        below = probability.cumsum()
-        drawn[step] = (below / below[-1]).searchsorted(draws[step], side="right")
-    drawn = drawn.ravel()
-    positions = np.empty_like(drawn)
-    for number, one in enumerate(known):
-        members, here = np.flatnonzero(labels == one), drawn == number
-        if here.any():
-            positions[here] = members[rng.randint(0, len(members), int(here.sum()))]
-    return positions
-
-
-def _with_prior(labels: Positions, prior: float, total: int | None, seed: int) -> Positions:
-    """Positions whose classes have frequencies drawn from a Dirichlet distribution, shuffled."""
-    rng = np.random.default_rng(seed)
-    known = np.unique(labels)
-    frequency = rng.dirichlet(np.ones(len(known)) * prior)
-    of_class = [np.flatnonzero(labels == one) for one in known]
-    most = min(len(members) / share for members, share in zip(of_class, frequency, strict=True))
-    wanted = int(most) * frequency if total is None else total * frequency / np.sum(frequency)
-    chosen: list[int] = []
-    for one, members, count in zip(known, of_class, wanted.astype(int), strict=True):
-        if count > len(members):
-            raise ValueError(
-                f"The prior asks for {count} samples of class {one}, which has {len(members)}: lower total (now {total}), "
-                "or raise prior."
-            )
-        chosen += members[rng.permutation(len(members))[:count]].tolist()
-    if total is not None and len(chosen) < total:
-        left = np.setdiff1d(np.arange(len(labels)), chosen)
-        chosen += rng.choice(left, total - len(chosen), replace=False).tolist()
-    np.random.default_rng(seed).shuffle(chosen)
-    return np.array(chosen, dtype=np.int64)

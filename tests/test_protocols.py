@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, TensorDataset
 import tta
 from tta.cli import main
 from tta.datasets import CORRUPTIONS, Stream
-from tta.datasets.protocols import ORDERS, PROTOCOLS
+from tta.datasets.orders import ORDERS, dirichlet_chunks
+from tta.datasets.protocols import PROTOCOLS
 from tta.engine import OnlineModule, measure_cost
 
 # Those that neither leave out nor repeat a sample of the domains they are given.
@@ -337,9 +338,7 @@ def test_correlated_sorts_each_domain(labels, seed):
 )
 def test_dirichlet_chunks_have_a_minimum_size_and_one_run_of_each_class(counts, seed, min_size):
     part = np.repeat(np.arange(len(counts)), counts)
-    from tta.datasets.protocols import _dirichlet_chunks
-
-    order = _dirichlet_chunks(part, 0.5, min_size, np.random.RandomState(seed))
+    order = dirichlet_chunks(part, 0.5, min_size, np.random.RandomState(seed))
     assert sorted(order) == list(range(len(part)))
     runs = 1 + int((np.diff(part[order]) != 0).sum())
     assert runs <= len(counts) ** 2
