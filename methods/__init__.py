@@ -10,7 +10,8 @@ from torch import nn
 
 from tta import config
 from tta.adapter import Adapter, Config, config_class
-from tta.source import Need, Source
+from tta.source import Source
+from tta.source_kinds import Need
 
 ENTRY_POINTS = "tta.methods"
 

@@ -12,7 +12,7 @@ from tta import augment, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.contrast import contrastive
 from tta.functional import entropy, entropy_of_mean, matmul, soft_cross_entropy
-from tta.source import Need
+from tta.source_kinds import Need
 
 
 @dataclass

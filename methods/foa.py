@@ -10,7 +10,7 @@ from tta import taps
 from tta.adapter import Adapter, Config, require
 from tta.evolution import CMAES
 from tta.functional import entropy, logits_of
-from tta.source import Need
+from tta.source_kinds import Need
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tta import norms, taps
 from tta.adapter import Adapter, Config, require
 from tta.shift import ShiftNetwork, bounded
-from tta.source import Need
+from tta.source_kinds import Need
 
 
 @dataclass

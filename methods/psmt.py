@@ -16,7 +16,7 @@ from tta.functional import (
     symmetric_cross_entropy,
     weighted_distance,
 )
-from tta.source import Need
+from tta.source_kinds import Need
 
 
 @dataclass

@@ -10,7 +10,7 @@ from tta import augment, memory, norms, taps
 from tta.adapter import Adapter, require
 from tta.contrast import ContrastConfig, PrototypeContrast, prototypes_need
 from tta.functional import logits_of, symmetric_cross_entropy
-from tta.source import Need
+from tta.source_kinds import Need
 
 
 @dataclass

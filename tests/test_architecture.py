@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "configs": "tta.configs"}
 
 TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.augmix tta.sharpness tta.evolution tta.shift tta.fingerprint"
-ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source tta.contrast tta.weighting"
+ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source tta.source_kinds tta.contrast tta.weighting"
 ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine tta.sanity numpy"
 MEASURING = "tta.metrics tta.curves tta.cost tta.record tta.predictions"
 
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "tta.fingerprint": TOOLS,
     "tta.adapter": ADAPTER,
     "tta.source": ADAPTER,
+    "tta.source_kinds": TOOLS,
     "tta.contrast": ADAPTER,
     "tta.weighting": ADAPTER,
     "tta.methods": f"{ADAPTER} tta.config",

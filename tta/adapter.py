@@ -16,7 +16,8 @@ from torch.nn.utils import get_total_norm
 
 from tta import fingerprint, norms
 from tta.functional import logits_of
-from tta.source import BATCH_SIZE, EXPECTED, Known, Need, Source, known_from
+from tta.source import BATCH_SIZE, EXPECTED, Source, known_from
+from tta.source_kinds import Known, Need
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tta import augment, taps
 from tta.adapter import OptimizerConfig, require
 from tta.functional import matmul
-from tta.source import Known, Need
+from tta.source_kinds import Known, Need
 
 
 @dataclass
