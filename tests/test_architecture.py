@@ -67,7 +67,9 @@ MAY_IMPORT = {
     "tta.plots": "numpy torch matplotlib tta.datasets.*",
     "tta.figures": "numpy pandas matplotlib tta.plots tta.report tta.results tta.tables",
     "tta.page": "matplotlib tta.figures tta.report tta.results tta.summary",
-    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.report tta.plots tta.figures tta.page tta.runs tta.benchmark tta.selection tta.published tta.cells",
+    "tta.words": "tta.adapter tta.config tta.runs tta.methods tta.datasets.*",
+    "tta.listings": "tta.config tta.methods tta.datasets.* tta.models tta.benchmark tta.published",
+    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.words tta.listings tta.report tta.plots tta.figures tta.page tta.runs tta.benchmark tta.selection tta.published tta.cells",
     "tta.__main__": "tta.cli",
     "tta": "tta.* tta.datasets.*",  # the table of public names, for type checkers only
 }

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import tta
 from tta.cells import Cell, run_cell
-from tta.cli import main, parse_request
+from tta.cli import main
+from tta.words import parse_request
 
 QUICK = ["samples=20", "batch_size=10", "corruptions=[fog,contrast]"]
 

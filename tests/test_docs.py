@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import tta
-from tta import benchmark, cli, figures, published
+from tta import benchmark, cli, figures, published, words
 from tta.datasets import catalog, download
 
 ROOT = Path(__file__).parent.parent
@@ -44,15 +44,15 @@ def problem(command):
             assert given.what in figures.FIGURES
         elif action in ("run", "plot", "source"):
             stream = [given.data] if action == "source" and given.data in catalog.STREAMS else []
-            cli.parse_request([*stream, *given.words])
+            words.parse_request([*stream, *given.words])
         elif action == "bench" and given.name.endswith(".yaml"):
-            cli._key_values(given.words)
+            words.key_values(given.words)
         elif action == "bench":
-            benchmark.load(given.name, cli._key_values(given.words))
+            benchmark.load(given.name, words.key_values(given.words))
         elif action == "tune":
-            request = cli.parse_request([word for word in given.words if "=" not in word])
+            request = words.parse_request([word for word in given.words if "=" not in word])
             described = {"methods": request.methods, "streams": [request.stream]}
-            benchmark.load(described, cli._key_values([word for word in given.words if "=" in word]))
+            benchmark.load(described, words.key_values([word for word in given.words if "=" in word]))
         elif action == "diff" and str(given.results[1]).startswith("published:"):
             published.find(str(given.results[1]).partition(":")[2])
         elif action == "download" and given.name:

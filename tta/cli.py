@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,12 +25,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from tta import config, runs
+from tta import config, listings, runs, words
 
-STREAM = "digits-c"
 CLEAN_IMAGES = 256  # that a source model predicts before the run
 FORMATS = ("terminal", "markdown", "latex", "csv", "html")
-METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 RUN_HELP = """\
 Run methods on a stream, print the table, write the results. `tta run` alone is the embedded demo.
@@ -103,10 +100,6 @@ example:    tta plot curve runs/mine -o curve.svg
 """
 
 
-class UsageError(ValueError):
-    """The user asked for something that does not exist."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
@@ -131,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"tta: {runs.in_words(error)}", file=sys.stderr)
-        if isinstance(error, (UsageError, config.ConfigError)):
+        if isinstance(error, (words.UsageError, config.ConfigError)):
             return 2
         print("tta: the run failed; --debug shows where.", file=sys.stderr)
         return 1
@@ -262,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     download.set_defaults(action=_download)
 
     listing = commands.add_parser("list", parents=[common], help="what there is")
-    listing.add_argument("what", choices=list(LISTINGS))
+    listing.add_argument("what", choices=list(listings.LISTINGS))
     listing.set_defaults(action=_list)
     return parser
 
@@ -273,8 +266,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     import tta
 
-    with _usage():
-        request = parse_request(arguments.words)
+    with words.usage():
+        request = words.parse_request(arguments.words)
         stream = runs.make_stream(request)
         clean = stream.clean() if request.run.clean else None
         models = runs.load_models(request, stream)
@@ -303,77 +296,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parse_request(words: Sequence[str]) -> runs.Request:
-    """Sort the words of ``tta run`` into stream, methods and settings, each checked by name and type.
-
-    Raises:
-        UsageError: a word that is neither a stream nor a method, or a key that nothing has; the nearest is offered.
-    """
-    from tta import methods
-    from tta.adapter import config_class
-    from tta.datasets import catalog
-
-    names = [word for word in words if "=" not in word]
-    streams = [name for name in names if name in catalog.STREAMS]
-    chosen = [name for name in names if name not in catalog.STREAMS]
-    if len(streams) > 1:
-        raise UsageError(f"One run is on one stream; got {', '.join(streams)}.")
-    for name in chosen:
-        if not methods.is_known(name):
-            known = [*catalog.STREAMS, *methods.available()]
-            raise UsageError(
-                f"'{name}' is neither a stream nor a method.{config.nearest(name, known)} "
-                f"Streams: {', '.join(catalog.STREAMS)}. Methods: {', '.join(methods.available())}."
-            )
-    if repeated := {name for name in chosen if chosen.count(name) > 1}:
-        raise UsageError(f"Method named twice: {', '.join(sorted(repeated))}.")
-    stream = streams[0] if streams else STREAM
-    chosen = chosen or list(METHODS)
-
-    keys = {name: [f.name for f in dataclasses.fields(config_class(methods.find(name)))] for name in chosen}  # type: ignore[arg-type]
-    of_run = [field.name for field in dataclasses.fields(runs.RunConfig)]
-    protocols = [word.partition("=")[2] for word in words if word.partition("=")[0] in ("protocol", "stream.protocol")]
-    of_stream = catalog.stream_settings(stream, *protocols[-1:])
-    run: dict[str, Any] = {}
-    stream_settings: dict[str, Any] = {}
-    hparams: dict[str, dict[str, Any]] = {name: {} for name in chosen}
-    for word in words:
-        if "=" not in word:
-            continue
-        key, _, text = word.partition("=")
-        value = config.parse(text)
-        owner, dot, name = key.partition(".")
-        having = [method for method in chosen if key in keys[method]]
-        if dot and owner == "stream":
-            known = [*of_stream, "seed", "protocol", "batch_size"]
-            if name not in known:
-                raise UsageError(f"Stream '{stream}' has no key '{name}'.{config.nearest(name, known)}")
-            (stream_settings if name in of_stream else run)[name] = value
-        elif dot and owner in keys:
-            hparams[owner][name] = value  # a wrong name is answered by the method's own config
-        elif dot:
-            known = ["stream", *chosen]
-            raise UsageError(
-                f"'{key}': '{owner}' is not in this run.{config.nearest(owner, known)} There are: {', '.join(known)}."
-            )
-        elif key in of_run:
-            run[key] = value
-        elif having:
-            for method in having:
-                hparams[method][key] = value
-        elif key in of_stream:
-            stream_settings[key] = value
-        else:
-            known = sorted({*of_run, *of_stream, *(k for names in keys.values() for k in names)})
-            raise UsageError(
-                f"No method of this run ({', '.join(chosen)}) has a key '{key}', nor has the run or the stream."
-                f"{config.nearest(key, known)}"
-            )
-    if run.get("reset") is not None:
-        run["reset"] = str(run["reset"])
-    return runs.Request(stream, chosen, config.build(runs.RunConfig, run), stream_settings, hparams)
-
-
 def _preflight(stream: Any, models: list[Any], console: Console, run: runs.RunConfig) -> None:
     """Say what the source models do on clean images where the stream has some; in colour where that is far off."""
     import tta
@@ -398,23 +320,14 @@ def _free(folder: Path) -> Path:
     return free
 
 
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """While a run is being set up, what does not fit is the user's mistake and not a failed run."""
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
-        raise UsageError(str(error)) from error
-
-
 # ---------------------------------------------------------------------- bench, tune
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     from tta import benchmark
 
-    with _usage():
-        described = benchmark.load(arguments.name, _key_values(arguments.words))
+    with words.usage():
+        described = benchmark.load(arguments.name, words.key_values(arguments.words))
     return _run_benchmark(described, arguments)
 
 
@@ -423,23 +336,16 @@ def _tune(arguments: argparse.Namespace) -> int:
     from tta.selection import WAYS
 
     names = [word for word in arguments.words if "=" not in word]
-    settings = _key_values([word for word in arguments.words if "=" in word])
-    with _usage():
+    settings = words.key_values([word for word in arguments.words if "=" in word])
+    with words.usage():
         if len(names) == 1 and (names[0] in benchmark.available() or names[0].endswith((".yaml", ".yml"))):
             described = benchmark.load(names[0], settings)
         else:
-            request = parse_request(names)
-            words = {"name": f"tune-{request.stream}", "methods": request.methods, "streams": [request.stream]}
-            described = benchmark.load(words, settings)
+            request = words.parse_request(names)
+            named = {"name": f"tune-{request.stream}", "methods": request.methods, "streams": [request.stream]}
+            described = benchmark.load(named, settings)
     described.select = described.select or list(WAYS)
     return _run_benchmark(described, arguments)
-
-
-def _key_values(words: Sequence[str]) -> dict[str, Any]:
-    strange = next((word for word in words if "=" not in word), None)
-    if strange is not None:
-        raise UsageError(f"'{strange}' is no setting: expected KEY=VALUE.")
-    return {key: config.parse(text) for key, _, text in (word.partition("=") for word in words)}
 
 
 def _run_benchmark(described: Any, arguments: argparse.Namespace) -> int:
@@ -448,7 +354,7 @@ def _run_benchmark(described: Any, arguments: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
     out = arguments.out or Path("runs") / described.name
-    with _usage():
+    with words.usage():
         rows = benchmark.entries(described)
 
     def report(cell: Any, outcome: Any, done: int, total: int) -> None:
@@ -473,20 +379,21 @@ def _print_table(table: Any, kind: str) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> int:
-
     from tta.datasets import catalog
 
-    with _usage():
+    with words.usage():
         of_stream = [arguments.data] if arguments.data in catalog.STREAMS else []
-        request = parse_request([*of_stream, *arguments.words])
+        request = words.parse_request([*of_stream, *arguments.words])
         if request.stream_settings:
-            raise UsageError(f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none.")
+            raise words.UsageError(
+                f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none."
+            )
         model = runs.load_model(arguments.model, request, catalog.classes_of(request.stream))
         needs: list[Any] = []
         for name in request.methods:
             needs += [need for need in runs.source_needs(model, name, request) if need not in needs]
         if not needs:
-            raise UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
+            raise words.UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
         images = catalog.source_images(arguments.data, model.preprocessing)
     console = Console(stderr=True)
 
@@ -514,14 +421,16 @@ def _corrupt(arguments: argparse.Namespace) -> int:
     for word in arguments.words:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
-            raise UsageError(f"'{word}' is no setting.{config.nearest(key, known)} There are: {', '.join(known)}.")
+            raise words.UsageError(
+                f"'{word}' is no setting.{config.nearest(key, known)} There are: {', '.join(known)}."
+            )
         settings[key] = config.parse(text)
     console = Console(stderr=True)
 
     def progress(steps: Any, total: int) -> Any:
         return track(steps, "corrupting", total=total, console=console, disable=not console.is_terminal)
 
-    with _usage():
+    with words.usage():
         written = write_corrupted(
             arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
         )
@@ -529,7 +438,7 @@ def _corrupt(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------- table, diff, list
+# ---------------------------------------------------------------------- table, diff, plot, list, download
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -537,7 +446,7 @@ def _table(arguments: argparse.Namespace) -> int:
     from tta import benchmark
     from tta.results import find_results
 
-    with _usage():
+    with words.usage():
         is_benchmark = len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file()
         if is_benchmark:
             results = find_results(sorted(arguments.folders[0].rglob("result.json")))  # there may be none yet
@@ -560,7 +469,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
     one, other = map(str, arguments.results)
     prefix, _, name = other.partition(":")
-    with _usage():
+    with words.usage():
         if prefix == "published":
             found = published.differences(Result.load(one), name)
         else:
@@ -585,12 +494,12 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     known = ["schedule", *figures.FIGURES]
     out = arguments.out or Path(f"{arguments.what}.png")
-    with _usage():
+    with words.usage():
         if arguments.what not in known:
             near = config.nearest(arguments.what, known)
             raise config.ConfigError(f"No picture '{arguments.what}'.{near} There are: {', '.join(known)}.")
         if arguments.what == "schedule":
-            figure = plots.schedule(runs.make_stream(parse_request(arguments.words)))
+            figure = plots.schedule(runs.make_stream(words.parse_request(arguments.words)))
         else:
             figure = figures.FIGURES[arguments.what](find_results(arguments.words))
         plots.save(figure, out)
@@ -599,7 +508,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    _print_lines(LISTINGS[arguments.what]())
+    _print_lines(listings.LISTINGS[arguments.what]())
     return 0
 
 
@@ -624,7 +533,7 @@ def _download(arguments: argparse.Namespace) -> int:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, _usage():
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, words.usage():
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int | None) -> None:
@@ -650,70 +559,3 @@ def _extent(archive: Any) -> str:
     size = sum(file.size or 0 for file in archive.files)
     parts = f" ({' '.join(archive.parts)})" if archive.parts else ""
     return f"{decimal(size)}{parts}" if size else "?"
-
-
-def _methods() -> list[tuple[str, str]]:
-    from tta import methods
-
-    table = config.load(".", "methods")
-    known = {name: _lines_of(facts) for name, facts in table.items()}
-    return [
-        (name, known[name] if name in known else (methods.find(name).__doc__ or "").strip().splitlines()[0])
-        for name in methods.available()
-    ]
-
-
-def _lines_of(facts: dict[str, Any]) -> str:
-    """What ``benchmarks/methods_table.py`` found out about a method."""
-    needs = [f"source: {facts['source']}", f"batch: {facts['batch']}", f"models: {', '.join(facts['models'])}"]
-    passes = f"{facts['forwards']:g} forward, {facts['backwards']:g} backward an image"
-    parity = "golden parity" if facts["golden"] else "no golden key"
-    released = [f"as released: {', '.join(facts['released'])}"] if facts["released"] else []
-    return "\n".join([facts["about"], *facts["papers"], " · ".join([*needs, passes, parity]), *released])
-
-
-def _streams() -> list[tuple[str, str]]:
-    from tta.datasets import catalog
-
-    return [(name, line) for name, (_, line) in catalog.STREAMS.items()]
-
-
-def _models() -> list[tuple[str, str]]:
-    from tta import models
-
-    return list(models.list_models().items())
-
-
-def _corruptions() -> list[tuple[str, str]]:
-    from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS
-
-    return [(name, "") for name in CORRUPTIONS] + [(name, "to tune on") for name in VALIDATION_CORRUPTIONS]
-
-
-def _protocols() -> list[tuple[str, str]]:
-    from tta.datasets import catalog
-
-    return [(name, protocol.line) for name, protocol in catalog.PROTOCOLS.items()]
-
-
-def _benchmarks() -> list[tuple[str, str]]:
-    from tta import benchmark
-
-    return list(benchmark.available().items())
-
-
-def _published() -> list[tuple[str, str]]:
-    from tta import published
-
-    return list(published.available().items())
-
-
-LISTINGS = {
-    "methods": _methods,
-    "streams": _streams,
-    "models": _models,
-    "corruptions": _corruptions,
-    "protocols": _protocols,
-    "benchmarks": _benchmarks,
-    "published": _published,
-}
