@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                              # every method that takes the model; minutes on 2 cores
     python benchmarks/speed.py --methods norm tent --rounds 15 --threads 2
+    python benchmarks/speed.py --model timm:resnet50 --checkpoint FILE --preset imagenet-c --size 224 --batch-size 64 --device cuda
 
 The frozen forward is the same model in eval(), float32, channels first, no gradient, on the same batch. The two run in
 turn, round after round, and each round gives a ratio; the medians are the numbers to quote. The released code of the
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import tta
+from tta import config
 
 RELEASED = {"norm": 1.4, "tent": 1.8, "eata": 1.95, "sar": 4.0, "actmad": 3.5, "rotta": 12.6, "cotta": 105.0}
 BATCH_SIZE = {"rotta": 64}  # its memory holds 64 and it updates every 64: one update a step
@@ -54,8 +56,8 @@ def resnet20(images: Tensor) -> nn.Module:
     return model
 
 
-def build(model: nn.Module, method: str, source: Tensor) -> tta.Adapter:
-    return tta.adapt(model, method, source=source)
+def build(model: nn.Module, method: str, source: Tensor, preset: str | None) -> tta.Adapter:
+    return tta.adapt(model, method, source=source, preset=preset if preset in config.load("method", method) else None)
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -98,21 +100,23 @@ class Measured(NamedTuple):
     memory: int
 
 
-def measure(model: nn.Module, method: str, x: Tensor, source: Tensor, rounds: int) -> Measured:
+def measure(
+    model: nn.Module, method: str, x: Tensor, source: Tensor, rounds: int, preset: str | None = None
+) -> Measured:
     def frozen() -> None:
         with torch.no_grad():
             model(x)
 
     def three_steps() -> tta.Adapter:
-        adapter = build(model, method, source)
+        adapter = build(model, method, source, preset)
         for _ in range(3):
             adapter(x)
         return adapter
 
     frozen()
     memory = peak_bytes(three_steps, x.device) - peak_bytes(frozen, x.device)
-    adapter = build(model, method, source)
-    plain = STEPS[method](model, source) if method in STEPS else None
+    adapter = build(model, method, source, preset)
+    plain = STEPS[method](model, source) if method in STEPS and not preset else None
     found = Measured(len(x), [], [], [], memory)
     for number in range(rounds + 1):
         forward = seconds(frozen, x.device)
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--model", help="a spec of tta.load_model; default: a ResNet-20 of CIFAR with random weights")
     parser.add_argument("--checkpoint", help="its weights")
     parser.add_argument("--methods", nargs="*", default=tta.list_methods())
+    parser.add_argument("--preset", help="published settings, for the methods that have them; default: their defaults")
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--batch-size", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=7)
@@ -148,7 +153,7 @@ def main() -> None:
     for method in arguments.methods:  # one after the other: thirty adapters of a large model at once fill any card
         x = images[: BATCH_SIZE.get(method, arguments.batch_size)]
         try:
-            measured[method] = measure(model, method, x, images, arguments.rounds)
+            measured[method] = measure(model, method, x, images, arguments.rounds, arguments.preset)
             ratio = statistics.median(measured[method].ratios)
             print(f"{method}: {ratio:.2f} frozen forwards", file=sys.stderr, flush=True)  # of a run that is cut short
         except (TypeError, ValueError, torch.OutOfMemoryError) as error:

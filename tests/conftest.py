@@ -47,6 +47,20 @@ class GoldenCNN(nn.Module):
         return self.fc(self.layer3(self.layer2(self.layer1(self.stem(x)))).mean((2, 3)))
 
 
+class SmallCNN(nn.Module):
+    """Images (batch, 3, height, width) -> features (batch, width) -> logits (batch, classes)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Linear(width, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # bit-exact comparisons need one order of summation
@@ -70,6 +84,12 @@ def cnn() -> nn.Module:
     model = GoldenCNN()
     model.load_state_dict(load_file(GOLDEN / "cnn.safetensors"))
     return model
+
+
+@pytest.fixture
+def small_cnn() -> type[nn.Module]:
+    """``small_cnn(width, classes)`` makes a network small enough to recompute a method's update by hand."""
+    return SmallCNN
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
 import tta
@@ -12,26 +11,14 @@ import tta
 WIDTH, CLASSES, BATCH = 4, 3, 6
 
 
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def features(self, x):
-        return self.norm(self.conv(x)).relu().mean((2, 3))
-
-    def forward(self, x):
-        return self.fc(self.features(x))
-
-
 def cosine(a, b):
     return (a @ b) / (a.norm() * b.norm())
 
 
 @pytest.mark.parametrize("absent", [False, True])
-def test_recomputed_plainly(absent):
+def test_recomputed_plainly(absent, small_cnn):
     torch.manual_seed(0)
-    model = Small().train()
+    model = small_cnn(WIDTH, CLASSES).train()
     for layer in (model.conv, model.fc):
         layer.weight.data.mul_(3)
     images, x = torch.rand(30, 3, 8, 8), torch.rand(BATCH, 3, 8, 8) ** 2

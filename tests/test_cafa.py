@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
 import tta
@@ -12,22 +11,10 @@ import tta
 WIDTH, CLASSES = 4, 3
 
 
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def features(self, x):
-        return self.norm(self.conv(x)).relu().mean((2, 3))
-
-    def forward(self, x):
-        return self.fc(self.features(x))
-
-
 @pytest.fixture
-def model():
+def model(small_cnn):
     torch.manual_seed(0)
-    return Small().eval()
+    return small_cnn(WIDTH, CLASSES).eval()
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -5,25 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn import functional as F
 
 import tta
 
 WIDTH, CLASSES, DELTA = 6, 3, 0.1
-
-
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def features(self, x):
-        return self.norm(self.conv(x)).relu().mean((2, 3))
-
-    def forward(self, x):
-        return self.fc(self.features(x))
 
 
 def colours(count, seed, *, unknown):
@@ -37,9 +24,9 @@ def colours(count, seed, *, unknown):
 
 
 @pytest.fixture
-def model():
+def model(small_cnn):
     torch.manual_seed(0)
-    model = Small()
+    model = small_cnn(WIDTH, CLASSES)
     x, labels = colours(96, 0, unknown=False), torch.arange(96) % 3
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     for _ in range(60):

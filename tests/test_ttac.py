@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn import functional as F
 
@@ -15,22 +14,10 @@ from tta.memory import ReviewQueue
 WIDTH, CLASSES = 4, 3
 
 
-class Small(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def features(self, x):
-        return self.norm(self.conv(x)).relu().mean((2, 3))
-
-    def forward(self, x):
-        return self.fc(self.features(x))
-
-
 @pytest.fixture
-def model():
+def model(small_cnn):
     torch.manual_seed(3)
-    model = Small()
+    model = small_cnn(WIDTH, CLASSES)
     with torch.no_grad():
         model.train()
         for _ in range(60):
