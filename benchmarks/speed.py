@@ -189,7 +189,7 @@ def main() -> None:
             str(RELEASED.get(method, "")),
             f"{found.memory / 1e6:.1f}",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     for method, reason in refused.items():
         print(f"{method} did not run: {reason}")
 

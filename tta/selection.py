@@ -55,7 +55,7 @@ def mean_entropy(result: Result) -> float:
 
 
 def inconsistency(result: Result) -> float:
-    """Share of images, in percent, that are predicted otherwise when seen flipped or shifted (:class:`tta.engine.Consistency`).
+    """Share of images, in percent, that are predicted otherwise when seen shifted (:class:`tta.engine.Consistency`).
 
     Raises:
         ValueError: the run did not measure it.
