@@ -4,10 +4,10 @@
 
 Both read the same float32 images from memory, in turn, and each pair gives a ratio of the median times of a batch; the
 median ratio is the number to quote. For the embedded CNN at batch 200 the aim is 0.95. It is not met, since its forward is
-short: 0.88 where two cores take 4.9 ms for one, 0.92 where one core takes 8.5 ms. Of the 0.65 ms that the engine adds on
-two cores, the Trainer takes 0.35 ms, the adapter 0.2 ms, half of them to look for NaN in the images, and reading 0.1 ms: a
-plain loop `for batch in stream: adapter(batch.images)`, without a Trainer, is at 0.94. Of a longer forward it is less: tent,
-0.97. A ResNet-20 (`--model cifar-resnet20`) is at 1.16, because an adapter runs it channels last.
+short: 0.87 where two cores take 4.9 ms for one, 0.91 where one core takes 8.5 ms. A plain loop without a Trainer, `for batch
+in stream: adapter(batch.images)`, is at 0.94 on two cores: 0.1 ms to read a batch, 0.2 ms for the adapter, half of that to
+look for NaN in the images. Beside longer steps it matters less: 0.95 to 0.97 with `--method tent`. With `--model cifar-resnet20` the
+engine is ahead, 1.16, because an adapter runs that model channels last.
 """
 
 import argparse

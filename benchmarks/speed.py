@@ -8,8 +8,8 @@ The frozen forward is the same model in eval(), float32, channels first, no grad
 turn, round after round, and each round gives a ratio; the medians are the numbers to quote. The released code of the
 papers, measured so on 2 cores of another machine: norm 1.4, tent 1.8, eata 1.95, sar 4.0, actmad 3.5, rotta 12.6, cotta
 105. How much of a ratio is the machine's shows the column "plain": the method written down without any trick (`plain.py`),
-a step of it in the same rounds. Ratios rise on a machine that does something else meanwhile: a step waits more for memory
-than a forward does.
+a step of it in the same rounds (at the defaults: none with --preset). Ratios rise on a machine that does something else
+meanwhile: a step waits more for memory than a forward does.
 
 Memory is the peak of what PyTorch allocates from building the adapter (its copy of the model included) through three
 steps, less the peak of the frozen forward. On a GPU that is the allocator's own count; on a CPU it is summed from the
@@ -141,6 +141,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    presets = {name for method in arguments.methods for name in config.load("method", method)}
+    if arguments.preset and arguments.preset not in presets:
+        parser.error(f"no method here has the preset '{arguments.preset}'; there are: {', '.join(sorted(presets))}")
 
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

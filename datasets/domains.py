@@ -266,7 +266,6 @@ class DatasetImages:
         self.dataset: Any = dataset
         self.index = torch.arange(len(self.dataset))
         self._labels: Tensor | None = None
-        self._are_images = False  # of a TensorDataset all are alike: the first tells
 
     @property
     def labels(self) -> Tensor:
@@ -282,10 +281,8 @@ class DatasetImages:
     def images(self, positions: Tensor) -> Tensor:
         """Images at these positions, stacked."""
         if isinstance(self.dataset, TensorDataset) and len(positions):
+            self._image(int(positions[0]))  # refuses what is no image
             images, first = self.dataset.tensors[0], int(positions[0])
-            if not self._are_images:
-                self._image(first)  # refuses what is no image
-                self._are_images = True
             run = torch.equal(positions, torch.arange(first, first + len(positions)))
             return images[first : first + len(positions)] if run else images[positions]
         return torch.stack([self._image(int(i)) for i in positions])

@@ -15,6 +15,7 @@ from tta.datasets.domains import Domain, Visit
 from tta.datasets.stream import Schedule
 
 Positions = NDArray[np.int64]
+Planned = tuple[list[Domain], Schedule]  # rows of the results, and what arrives when
 
 # Ten random orders of the fifteen corruptions: Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022 (CoTTA).
 ORDERS: tuple[tuple[str, ...], ...] = tuple(
@@ -35,6 +36,7 @@ contrast gaussian_noise defocus_blur zoom_blur frost glass_blur jpeg_compression
 
 
 def require(condition: bool, name: str, given: Any, expected: str) -> None:
+    """Raise a ValueError that says what a parameter may be and what was given, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {expected}; got {given!r}.")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tta.datasets import orders
 from tta.datasets.domains import UNKNOWN, DatasetImages, Domain, gather
-from tta.datasets.orders import require
-from tta.datasets.stream import Schedule, in_turn
+from tta.datasets.orders import Planned, require
+from tta.datasets.stream import in_turn
 
 
 def outliers(
@@ -22,7 +22,7 @@ def outliers(
     rate: float = 0.2,
     outliers: Any = "gaussian-noise",
     order: int | None = None,
-) -> tuple[list[Domain], Schedule]:
+) -> Planned:
     """Images of unknown classes mixed into each domain at a rate, reset before each domain.
 
     Yu et al., "STAMP: Outlier-Aware Test-Time Adaptation with Stable Memory Replay", ECCV 2024. Each domain's images

@@ -20,11 +20,9 @@ from tta.datasets import ccc as walks
 from tta.datasets import orders
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import Domain, Renamed
-from tta.datasets.orders import Positions, require
+from tta.datasets.orders import Planned, Positions, require
 from tta.datasets.outliers import outliers
-from tta.datasets.stream import Schedule, check, in_turn
-
-Planned = tuple[list[Domain], Schedule]
+from tta.datasets.stream import check, in_turn
 
 # ---------------------------------------------------------------------- one domain after another
 

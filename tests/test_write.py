@@ -228,6 +228,6 @@ def test_the_command(folder, tmp_path, capsys):
     assert "6 images written to" in capsys.readouterr().err
     assert len(list((tmp_path / "copy" / "contrast" / "3").rglob("*.png"))) == 6
     assert main([*command, "sede=1"]) == 2
-    assert "'sede=1' is no setting. Did you mean 'seed'?" in capsys.readouterr().err
+    assert "No setting 'sede'. Did you mean 'seed'?" in capsys.readouterr().err
     assert main(["corrupt", str(tmp_path / "none"), str(tmp_path / "copy")]) == 2
     assert "There is no folder" in capsys.readouterr().err

@@ -417,14 +417,11 @@ def _corrupt(arguments: argparse.Namespace) -> int:
     from tta.datasets.write import write_corrupted
 
     known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality", "on_error")
-    settings = {}
-    for word in arguments.words:
-        key, equals, text = word.partition("=")
-        if not equals or key not in known:
-            raise words.UsageError(
-                f"'{word}' is no setting.{config.nearest(key, known)} There are: {', '.join(known)}."
-            )
-        settings[key] = config.parse(text)
+    settings = words.key_values(arguments.words)
+    if strange := next((key for key in settings if key not in known), None):
+        raise words.UsageError(
+            f"No setting '{strange}'.{config.nearest(strange, known)} There are: {', '.join(known)}."
+        )
     console = Console(stderr=True)
 
     def progress(steps: Any, total: int) -> Any:

@@ -102,11 +102,7 @@ def feature_moments(model: nn.Module, need: Need) -> Recorder:
             continue
         features, logits = _features(model, need, batch[0])
         kept.append(features if max_entropy is None else features[entropy(logits) < max_entropy])
-    features = torch.cat(kept)[:samples]
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} source images are left to take mean and std of; expected 2 or more.")
-    std, mean = torch.std_mean(features, dim=0)
-    return {"mean": mean, "std": std}
+    return _mean_and_std(torch.cat(kept)[:samples])
 
 
 def token_moments(model: nn.Module, need: Need) -> Recorder:
@@ -119,11 +115,7 @@ def token_moments(model: nn.Module, need: Need) -> Recorder:
     while (batch := (yield)) is not None:
         with torch.no_grad():
             kept.append(taps.class_tokens(model, need.layers, batch[0])[0])
-    features = torch.cat(kept)
-    if len(features) < 2:
-        raise ValueError(f"There are {len(features)} source images to take mean and std of; expected 2 or more.")
-    std, mean = torch.std_mean(features, dim=0)
-    return {"mean": mean, "std": std}
+    return _mean_and_std(torch.cat(kept))
 
 
 def class_moments(model: nn.Module, need: Need) -> Recorder:
@@ -270,3 +262,10 @@ def _features(model: nn.Module, need: Need, images: Tensor) -> tuple[Tensor, Ten
     (layer,) = need.layers
     with torch.no_grad():
         return taps.look(model, layer, images)
+
+
+def _mean_and_std(features: Tensor) -> Known:
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} source images are left to take mean and std of; expected 2 or more.")
+    std, mean = torch.std_mean(features, dim=0)
+    return {"mean": mean, "std": std}
