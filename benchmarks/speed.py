@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tta
 from tta import config
+from tta.allocator import keep_freed_memory
 
 RELEASED = {"norm": 1.4, "tent": 1.8, "eata": 1.95, "sar": 4.0, "actmad": 3.5, "rotta": 12.6, "cotta": 105.0}
 BATCH_SIZE = {"rotta": 64}  # its memory holds 64 and it updates every 64: one update a step
@@ -145,6 +146,7 @@ def main() -> None:
     if arguments.preset and arguments.preset not in presets:
         parser.error(f"no method here has the preset '{arguments.preset}'; there are: {', '.join(sorted(presets))}")
 
+    keep_freed_memory()  # as the commands do; else the pages that the system maps anew make the ratios noise
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     images = torch.rand(max(arguments.batch_size, 64), 3, arguments.size, arguments.size)

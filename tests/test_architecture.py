@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "tta.evolution": TOOLS,
     "tta.shift": TOOLS,
     "tta.fingerprint": TOOLS,
+    "tta.allocator": "",
     "tta.adapter": ADAPTER,
     "tta.source": ADAPTER,
     "tta.source_kinds": TOOLS,
@@ -59,7 +60,7 @@ MAY_IMPORT = {
     "tta.tables": "",
     "tta.runs": f"{ANYTHING} rich tta.datasets.*",
     "tta.cells": "tta.engine tta.results tta.runs",
-    "tta.workers": "torch ray tta.cells",
+    "tta.workers": "torch ray tta.cells tta.allocator",
     "tta.selection": "tta.cells tta.results",
     "tta.published": "tta.config tta.results",
     "tta.summary": "rich pandas tta tta.tables tta.cells tta.published tta.results tta.runs tta.selection",
@@ -69,7 +70,7 @@ MAY_IMPORT = {
     "tta.page": "matplotlib tta.figures tta.report tta.results tta.summary",
     "tta.words": "tta.adapter tta.config tta.runs tta.methods tta.datasets.*",
     "tta.listings": "tta.config tta.methods tta.datasets.* tta.models tta.benchmark tta.published",
-    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.words tta.listings tta.report tta.plots tta.figures tta.page tta.runs tta.benchmark tta.selection tta.published tta.cells",
+    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.allocator tta.words tta.listings tta.report tta.plots tta.figures tta.page tta.runs tta.benchmark tta.selection tta.published tta.cells",
     "tta.__main__": "tta.cli",
     "tta": "tta.* tta.datasets.*",  # the table of public names, for type checkers only
 }

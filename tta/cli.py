@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tta import config, listings, runs, words
+from tta.allocator import keep_freed_memory
 
 CLEAN_IMAGES = 256  # that a source model predicts before the run
 FORMATS = ("terminal", "markdown", "latex", "csv", "html")
@@ -114,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(arguments, "action"):
         parser.print_help()
         return 2
+    if argv is None:  # a process of our own
+        keep_freed_memory()
     try:
         with _plain_warnings():
             return arguments.action(arguments)

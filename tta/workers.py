@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any
 
+from tta.allocator import keep_freed_memory
 from tta.cells import Cell, Failure, Outcome
 
 Task = Callable[[Cell], Outcome]
@@ -132,6 +133,7 @@ def _start(threads: int, turns: Any) -> None:
     gpu = turns.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

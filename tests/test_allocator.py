@@ -1,0 +1,44 @@
+"""Freed memory is used again, where the process asked for it."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+
+FAULTS = """
+import resource, torch
+from tta.allocator import keep_freed_memory
+kept = keep_freed_memory()
+def use_and_free():
+    for _ in range(20):
+        torch.ones(10_000_000)  # 40 MB, above any size that glibc would keep by itself
+use_and_free()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use_and_free()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def kept_and_faults(**settings: str) -> tuple[str, int]:
+    others = ("MALLOC_", "GLIBC_", "LD_PRELOAD")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)} | settings
+    command = [sys.executable, "-c", FAULTS]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    kept, faults = output.stdout.split()
+    return kept, int(faults)
+
+
+def test_freed_memory_is_mapped_once() -> None:
+    kept, faults = kept_and_faults()
+    assert kept == "True"
+    assert faults < 20  # 0 seen; one 40 MB tensor mapped anew is up to 9 766 pages
+
+
+def test_a_setting_of_the_users_stays() -> None:
+    kept, faults = kept_and_faults(MALLOC_MMAP_THRESHOLD_="1000000")
+    assert kept == "False"
+    assert faults >= 20  # each of the 20 tensors is mapped anew: by 9 766 small pages or 20 huge ones
