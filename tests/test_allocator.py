@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tta import cli
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 
 FAULTS = """
@@ -42,3 +44,13 @@ def test_a_setting_of_the_users_stays() -> None:
     kept, faults = kept_and_faults(MALLOC_MMAP_THRESHOLD_="1000000")
     assert kept == "False"
     assert faults >= 20  # each of the 20 tensors is mapped anew: by 9 766 small pages or 20 huge ones
+
+
+def test_only_the_command_line_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: kept.append(True))
+    assert cli.main(["list", "methods"]) == 0  # from a program
+    assert not kept
+    monkeypatch.setattr(sys, "argv", ["tta", "list", "methods"])
+    assert cli.main() == 0
+    assert kept
