@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import tta
 from tta import config, methods
 from tta.adapter import Adapter, config_class
-from tta.cost import Passes
 from tta.datasets import catalog
+from tta.results.cost import Passes
 
 ROOT = Path(__file__).parent.parent
 DATA, PAGE = ROOT / "configs" / "methods.yaml", ROOT / "docs" / "methods.md"

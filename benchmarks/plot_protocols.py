@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 import tta
 from tta.datasets.protocols import PROTOCOLS
-from tta.plots import draw_schedule, save
+from tta.report.schedule import draw_schedule, save
 
 CORRUPTIONS = ["gaussian_noise", "defocus_blur", "snow", "contrast", "pixelate"]
 # accuracies of a made-up model: they fall by 5 points for each quarter of severity, from 95 % to 15 %

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from tta.classifier import HALF, ImageClassifier
 from tta.datasets import digits
-from tta.models import EMBEDDED
+from tta.models import EMBEDDED, HALF, ImageClassifier
 
 EPOCHS = {"digits-cnn": 40, "digits-vit": 150, "digits-cnn-8": 40}
 LEARNING_RATE = {"digits-cnn": 3e-3, "digits-vit": 2e-3, "digits-cnn-8": 3e-3}

@@ -73,7 +73,7 @@ def fitted(picture: Any, preprocessing: Mapping[str, Any]) -> Tensor:
 
     Args:
         picture: of any size.
-        preprocessing: as :class:`tta.classifier.ImageClassifier` has it: ``input_size`` (height, width; None leaves the
+        preprocessing: as :class:`tta.models.classifier.ImageClassifier` has it: ``input_size`` (height, width; None leaves the
             picture as it is), ``resize`` (pixels of the shorter side; None: 8/7 of the input), ``interpolation`` (None:
             bilinear) and ``crop`` (``"squash"`` resizes both sides to the input size; all else crops the middle).
     """

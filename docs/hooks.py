@@ -14,6 +14,7 @@ SECTION = """::: tta.methods.{name}
       members_order: alphabetical
       filters: ["!^_", "!^(configure_model|adapt|predict|source_needs|parameters_to_adapt|wrap|wrapped|config)$"]
 """  # what every method has is on the page of adapters
+NO_CODE = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.yaml")
 TREE = tempfile.TemporaryDirectory(prefix="tta-docs-")
 
 
@@ -22,9 +23,7 @@ def on_config(config: Any) -> Any:
     """Copy the modules to where their import names say, as setuptools maps them, and point mkdocstrings there."""
     package = Path(TREE.name) / "tta"
     for folder, place in {"tta": ".", "methods": "methods", "datasets": "datasets", "configs": "configs"}.items():
-        for module in (ROOT / folder).glob("*.py"):
-            (package / place).mkdir(parents=True, exist_ok=True)
-            shutil.copy(module, package / place)
+        shutil.copytree(ROOT / folder, package / place, ignore=NO_CODE, dirs_exist_ok=True)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [TREE.name]
     return config
 

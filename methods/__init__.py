@@ -10,8 +10,7 @@ from torch import nn
 
 from tta import config
 from tta.adapter import Adapter, Config, config_class
-from tta.source import Source
-from tta.source_kinds import Need
+from tta.source import Need, Source
 
 ENTRY_POINTS = "tta.methods"
 

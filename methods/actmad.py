@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tta import norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import gradients_of, logits_of
-from tta.source_kinds import Known, Need, layer_moments
+from tta.source import Known, Need, layer_moments
 
 
 @dataclass

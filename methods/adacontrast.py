@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tta import augment, memory, norms, taps
+from tta import augment, ema, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import matmul
 
@@ -87,7 +87,7 @@ class AdaContrast(Adapter):
         self.model.requires_grad_(True)
         self._head = taps.head(self.model)
         head: Any = self.model.get_submodule(self._head)
-        self.teacher = memory.frozen_copy(self.model)
+        self.teacher = ema.frozen_copy(self.model)
         for _, layer in norms.named_layers(self.teacher, norms.BATCH_NORMS):
             norms.use_batch_statistics(layer)
         shape = (config.queue_size, head.in_features)
@@ -123,7 +123,7 @@ class AdaContrast(Adapter):
                 features, logits = taps.look(self.model, self._head, weak)
                 labels = self._refined(features, logits.softmax(1)).argmax(1)
             features, logits = taps.look(self.model, self._head, query)
-        memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=self.input_finite)
+        ema.follow(self.teacher, self.model, 1 - config.mt_alpha, when=self.input_finite)
         with torch.no_grad():
             keys = F.normalize(taps.look(self.teacher, self._head, key)[0])
         negatives, negative_labels = self.keys.clone(), self.key_labels.clone()

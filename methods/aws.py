@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from tta import augment, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.contrast import contrastive
 from tta.functional import entropy, entropy_of_mean, matmul, soft_cross_entropy
-from tta.source_kinds import Need
+from tta.methods._contrast import contrastive
+from tta.source import Need
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tta import norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import matmul
-from tta.source_kinds import Need
+from tta.source import Need
 
 
 @dataclass

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tta import augment, memory, norms
+from tta import augment, ema, norms
 from tta.adapter import Adapter, require
 from tta.functional import logits_of
-from tta.weighting import SelfTraining, WeightingConfig, prior_corrected
+from tta.methods._weighting import SelfTraining, WeightingConfig, prior_corrected
 
 SIZE = 38400  # affine parameters of a ViT-B, for which the released code's q was chosen
 LEAST, WHOLE = 0.89, 0.9999  # the released code's bounds of the share that a hidden weight keeps
@@ -82,9 +82,9 @@ class CMF(Adapter):
         variance = config.alpha**2 * self.variance + self._q
         beta = (1 - self._q) / (variance + 1 - self._q)
         beta = torch.where(beta < WHOLE, beta.clamp(min=LEAST), 1)
-        memory.blend(self.hidden, source, 1 - config.alpha, when)
-        memory.blend(self.hidden, adapted, 1 - beta, when)
-        memory.blend(adapted, self.hidden, 1 - config.gamma, when)
+        ema.blend(self.hidden, source, 1 - config.alpha, when)
+        ema.blend(self.hidden, adapted, 1 - beta, when)
+        ema.blend(adapted, self.hidden, 1 - config.gamma, when)
         self.variance.copy_(torch.where(when, beta * variance, self.variance))
 
     def _logits(self, x: Tensor) -> Tensor:

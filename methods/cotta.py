@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta import augment, memory, norms
+from tta import augment, ema, norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import confidence, logits_of, soft_cross_entropy, symmetric_cross_entropy
 
@@ -71,7 +71,7 @@ class CoTTA(Adapter):
                 f"{type(self.model).__name__} has no parameter called weight or bias, which CoTTA adapts; it has "
                 + (f"{', '.join(have)}." if have else "no parameters at all.")
             )
-        self.teacher = memory.frozen_copy(self.model)
+        self.teacher = ema.frozen_copy(self.model)
 
     def predict(self, x: Tensor) -> Tensor:
         """The teacher's logits on the batch itself, without views."""
@@ -85,7 +85,7 @@ class CoTTA(Adapter):
                 target = self._averaged(x) if self._is_uncertain(x) else self.predict(x)
             loss = (symmetric_cross_entropy if config.symmetric else soft_cross_entropy)(logits, target)
             made = self.update(loss.mean())
-            memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
+            ema.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
             self._restore(when=made)
         return target
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tta import taps
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import logits_of
-from tta.source_kinds import Need
+from tta.source import Need
 
 
 @dataclass

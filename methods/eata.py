@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import entropy, followed, masked_mean, reliable, unlike
-from tta.source_kinds import Need
+from tta.source import Need
 
 
 @dataclass

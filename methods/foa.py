@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from tta import taps
 from tta.adapter import Adapter, Config, require
-from tta.evolution import CMAES
 from tta.functional import entropy, logits_of
-from tta.source_kinds import Need
+from tta.methods._evolution import CMAES
+from tta.source import Need
 
 
 @dataclass

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from tta import norms, taps
 from tta.adapter import Adapter, Config, require
-from tta.shift import ShiftNetwork, bounded
-from tta.source_kinds import Need
+from tta.source import Need, ShiftNetwork, bounded
 
 
 @dataclass
@@ -50,7 +49,7 @@ class LabelShift(Adapter):
     Procedure", Neural Computation 2002, with a moving average of the predictions for the stream's frequencies. It is
     the baseline of the label shift adapter (Park et al., "Label Shift Adapter for Test-Time Adaptation under Covariate
     and Label Shifts", ICCV 2023). ``learned=true`` is a reconstruction of that adapter from its abstract and what others
-    wrote of it, with constants of ours, around the source model alone: see :class:`tta.shift.ShiftNetwork`. A model that
+    wrote of it, with constants of ours, around the source model alone: see :class:`tta.source.shift.ShiftNetwork`. A model that
     is sure of all its source images teaches it little: digits-c with ``protocol=label-shift`` has an error of 59.8 % by
     ``norm``, 58.8 by the rule and 59.6 learned. On a stream in the order of its classes the average follows the present
     class, which looks like a large gain.

@@ -6,9 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tta import augment, augmix, norms
+from tta import augment, norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import entropy_of_mean
+from tta.methods._augmix import augmix_views
 
 
 @dataclass
@@ -70,7 +71,7 @@ class MEMO(Adapter):
 
     def _views(self, image: Tensor) -> Tensor:
         if self.config.augment == "paper":
-            return augmix.views(image[0], self.config.views, self.generator)
+            return augmix_views(image[0], self.config.views, self.generator)
         if self.config.augment == "none":
             return image.expand(self.config.views, -1, -1, -1)
         return torch.cat([self.config.augment(image) for _ in range(self.config.views)])

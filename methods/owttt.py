@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tta import memory, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, Output, require
 from tta.functional import gradients_of, masked_mean, matmul, otsu_threshold, symmetric_kl
-from tta.source_kinds import Need
+from tta.source import Need
 
 ALIGNMENT = 0.05  # of the released code, for every data set
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tta import augment, memory, norms
+from tta import augment, ema, norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import below_quantile, confidence, gradients_of, logits_of, soft_cross_entropy, weighted_distance
 
@@ -70,7 +70,7 @@ class PETAL(Adapter):
         self.model.requires_grad_(True)
         for _, layer in norms.named_layers(self.model, norms.BATCH_NORMS):
             norms.use_batch_statistics(layer)
-        self.teacher = memory.frozen_copy(self.model)
+        self.teacher = ema.frozen_copy(self.model)
         if isinstance(self.config.prior_variance, str):
             self._keep_precisions(load_file(self.config.prior_variance))
 
@@ -89,9 +89,9 @@ class PETAL(Adapter):
             loss = soft_cross_entropy(logits, target).mean() + self.config.prior_weight * prior
             gradients = gradients_of(loss, parameters, materialize=True)
             made = self.update(loss, gradients=gradients)
-            memory.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
+            ema.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
             unimportant = below_quantile([gradient.square() for gradient in gradients], self.config.quantile)
-            memory.overwrite(parameters, source, [mask & made for mask in unimportant])
+            ema.overwrite(parameters, source, [mask & made for mask in unimportant])
         return target
 
     def _is_uncertain(self, x: Tensor) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta import augment, memory, norms
+from tta import augment, ema, norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import (
     below_quantile,
@@ -16,7 +16,7 @@ from tta.functional import (
     symmetric_cross_entropy,
     weighted_distance,
 )
-from tta.source_kinds import Need
+from tta.source import Need
 
 
 @dataclass
@@ -79,7 +79,7 @@ class PSMT(Adapter):
         self.model.requires_grad_(True)
         for _, layer in norms.named_layers(self.model, norms.BATCH_NORMS):
             norms.use_batch_statistics(layer)
-        self.teacher = memory.frozen_copy(self.model)
+        self.teacher = ema.frozen_copy(self.model)
         for known in self.known:
             for number, (name, _) in enumerate(self.model.named_parameters()):
                 self.register_buffer(f"fisher{number}", known[name])
@@ -101,12 +101,12 @@ class PSMT(Adapter):
                 loss = loss + config.fisher_alpha * weighted_distance(parameters, source, fisher)
             gradients = gradients_of(loss, parameters, materialize=True)
             made = self.update(loss, gradients=gradients)
-            memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
+            ema.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
             unimportant = below_quantile([gradient.square() for gradient in gradients], config.quantile)
             unimportant = [mask & made for mask in unimportant]
-            memory.overwrite(parameters, source, unimportant)
-            memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
-            memory.overwrite(self.teacher.parameters(), parameters, unimportant)
+            ema.overwrite(parameters, source, unimportant)
+            ema.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
+            ema.overwrite(self.teacher.parameters(), parameters, unimportant)
         return target + logits
 
     def _target(self, x: Tensor) -> Tensor:

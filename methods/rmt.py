@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tta import augment, memory, norms, taps
+from tta import augment, ema, norms, taps
 from tta.adapter import Adapter, require
-from tta.contrast import ContrastConfig, PrototypeContrast, prototypes_need
 from tta.functional import logits_of, symmetric_cross_entropy
-from tta.source_kinds import Need
+from tta.methods._contrast import ContrastConfig, PrototypeContrast, prototypes_need
+from tta.source import Need
 
 
 @dataclass
@@ -68,7 +68,7 @@ class RMT(Adapter):
             norms.use_batch_statistics(layer)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[2] in ("weight", "bias"))
-        self.teacher = memory.frozen_copy(self.model)
+        self.teacher = ema.frozen_copy(self.model)
         self.head = taps.head(self.model)
         known = {kind: entry for entry in self.known for kind in ("prior", "images") if kind in entry}
         contrast = PrototypeContrast(known["prior"], self.config, self.generator) if "prior" in known else None
@@ -97,7 +97,7 @@ class RMT(Adapter):
                 images, labels = self._source_batch()
                 loss = loss + config.lambda_ce_src * F.cross_entropy(logits_of(self.model(images)), labels)
             made = self.update(loss)
-            memory.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
+            ema.follow(self.teacher, self.model, 1 - config.mt_alpha, when=made)
         return logits + target
 
     def _warm_up(self) -> None:
@@ -114,7 +114,7 @@ class RMT(Adapter):
             with torch.no_grad():
                 target = logits_of(self.teacher(images))
             made = self.update(symmetric_cross_entropy(logits_of(self.model(images)), target).mean())
-            memory.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
+            ema.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
 
     def _source_batch(self) -> tuple[Tensor, Tensor]:
         """Source images drawn at random, each once a batch, and their labels."""

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tta import augment, memory, norms
+from tta import augment, ema, norms
 from tta.adapter import Adapter, require
 from tta.functional import logits_of
-from tta.weighting import SelfTraining, WeightingConfig, prior_corrected
+from tta.methods._weighting import SelfTraining, WeightingConfig, prior_corrected
 
 
 @dataclass
@@ -55,7 +55,7 @@ class ROID(Adapter):
             logits, loss = self.self_training(self._logits, x, view)
             made = self.update(loss)
             self.self_training.remember(logits, when=made)
-            memory.blend(*self.adapted_and_source(), share=1 - self.config.momentum_src, when=made)
+            ema.blend(*self.adapted_and_source(), share=1 - self.config.momentum_src, when=made)
         return prior_corrected(logits, self.config.prior_correction)
 
     def _logits(self, x: Tensor) -> Tensor:

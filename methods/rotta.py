@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta import augment, memory, norms
+from tta import augment, ema, memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import logits_of, soft_cross_entropy
 
@@ -62,7 +62,7 @@ class RoTTA(Adapter):
         for layer in norms.layers(self.model, norms.BATCH_NORMS):
             layer.requires_grad_(True)
         norms.blend_statistics(self.model, self.config.alpha, norms.RobustBatchNorm)
-        self.teacher = memory.frozen_copy(self.model)
+        self.teacher = ema.frozen_copy(self.model)
         self.memory = memory.BalancedMemory(self.config.memory_size, self.config.lambda_t, self.config.lambda_u)
 
     def predict(self, x: Tensor) -> Tensor:
@@ -99,4 +99,4 @@ class RoTTA(Adapter):
             with norms.remembering(self.model):
                 logits = logits_of(self.model(view(samples)))
             made = self.update((weights * soft_cross_entropy(logits, targets)).mean())
-            memory.follow(self.teacher, self.model, self.config.nu, when=made)
+            ema.follow(self.teacher, self.model, self.config.nu, when=made)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from tta import augment, norms, taps
 from tta.adapter import Adapter
-from tta.contrast import ContrastConfig, PrototypeContrast, prototypes_need
 from tta.functional import soft_cross_entropy
-from tta.source_kinds import Need
+from tta.methods._contrast import ContrastConfig, PrototypeContrast, prototypes_need
+from tta.source import Need
 
 
 @dataclass

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tta import norms, sharpness
+from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import entropy, gradients_of, masked_mean, reliable
+from tta.methods._sharpness import perturbed
 
 
 @dataclass
@@ -69,7 +70,7 @@ class SAR(Adapter):
             entropies = entropy(logits)
             chosen = reliable(entropies, margin)
             gradients = gradients_of(masked_mean(entropies, chosen), parameters)
-            with sharpness.perturbed(parameters, gradients, self.config.rho):
+            with perturbed(parameters, gradients, self.config.rho):
                 entropies = entropy(self.predict(x))
                 chosen = chosen & reliable(entropies, margin)
                 loss = masked_mean(entropies, chosen)

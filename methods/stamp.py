@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tta import augment, memory, norms, sharpness
+from tta import augment, memory, norms
 from tta.adapter import Adapter, OptimizerConfig, Output, require
 from tta.functional import entropy, gradients_of
+from tta.methods._sharpness import perturbed
 
 
 @dataclass
@@ -116,7 +117,7 @@ class STAMP(Adapter):
         self._schedule()
         samples, parameters = self.memory.read(), self.parameters_to_adapt()
         gradients = gradients_of(self._loss(samples), parameters)
-        with sharpness.perturbed(parameters, gradients, self.config.rho):
+        with perturbed(parameters, gradients, self.config.rho):
             loss = self._loss(samples)
             gradients = gradients_of(loss, parameters)
         self.update(loss, gradients=gradients)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tta import memory, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import symmetric_kl
-from tta.source_kinds import Need
+from tta.source import Need
 
 
 @dataclass

@@ -48,7 +48,7 @@ def test_a_setting_of_the_users_stays() -> None:
 
 def test_only_the_command_line_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("tta.cli.commands.keep_freed_memory", lambda: kept.append(True))
     assert cli.main(["list", "methods"]) == 0  # from a program
     assert not kept
     monkeypatch.setattr(sys, "argv", ["tta", "list", "methods"])

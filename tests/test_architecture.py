@@ -1,9 +1,12 @@
-"""Imports go in one direction: every module of the package may import only what its row of the table names."""
+"""Imports go in one direction: a module may import only what the row of its room names, and of a folder only its face."""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -11,69 +14,46 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "configs": "tta.configs"}
 
-TOOLS = "torch tta.functional tta.norms tta.taps tta.memory tta.augment tta.augmix tta.sharpness tta.evolution tta.shift tta.fingerprint"
-ADAPTER = f"{TOOLS} safetensors tta.adapter tta.source tta.source_kinds tta.contrast tta.weighting"
-ANYTHING = f"{ADAPTER} tta tta.methods tta.datasets tta.models tta.config tta.configs tta.results tta.intervals tta.engine tta.sanity numpy"
-MEASURING = "tta.metrics tta.curves tta.cost tta.record tta.predictions"
+# Building blocks: flat files, one idea each, that may use one another.
+BLOCKS = "tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint"
+ADAPTER = f"{BLOCKS} tta.adapter tta.source"
 
-# module -> what it may import besides the standard library. A row `x.*` speaks for the modules inside package x.
-# Nothing names tta.report or tta.cli but the two that may; a new module of tta/ needs a row of its own.
+# room -> what its modules may import besides the standard library and the room itself. A room is a folder or a file;
+# nothing imports a room below it in this table, and nothing imports `tta` but as a user would.
 MAY_IMPORT = {
-    "tta.functional": TOOLS,
-    "tta.norms": TOOLS,
-    "tta.taps": TOOLS,
-    "tta.memory": TOOLS,
-    "tta.augment": f"{TOOLS} torchvision",
-    "tta.augmix": TOOLS,
-    "tta.sharpness": TOOLS,
-    "tta.evolution": TOOLS,
-    "tta.shift": TOOLS,
-    "tta.fingerprint": TOOLS,
-    "tta.allocator": "",
-    "tta.adapter": ADAPTER,
-    "tta.source": ADAPTER,
-    "tta.source_kinds": TOOLS,
-    "tta.contrast": ADAPTER,
-    "tta.weighting": ADAPTER,
-    "tta.methods": f"{ADAPTER} tta.config",
-    "tta.methods.*": f"{ADAPTER} torchvision",
-    "tta.datasets": "torch tta.datasets.*",
-    "tta.datasets.*": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.paths tta.datasets.*",
-    "tta.networks": "torch timm",
-    "tta.classifier": TOOLS,
-    "tta.checkpoints": f"{TOOLS} safetensors",
-    "tta.families": f"{TOOLS} timm torchvision transformers tta.networks tta.paths tta.classifier tta.checkpoints",
-    "tta.models": f"{TOOLS} tta.networks tta.classifier tta.checkpoints tta.families",
-    "tta.sanity": f"{TOOLS} tta.classifier",
+    **dict.fromkeys(BLOCKS.split(), f"torch {BLOCKS}"),
+    "tta.augment": f"torch torchvision {BLOCKS}",
     "tta.paths": "pooch",
-    "tta.config": "omegaconf yaml tta.adapter",
+    "tta.allocator": "",
+    "tta.models": f"torch timm torchvision transformers safetensors tta.paths {BLOCKS}",
+    "tta.source": f"torch safetensors {BLOCKS}",
+    "tta.adapter": f"torch tta.source {BLOCKS}",
     "tta.configs": "",
-    "tta.predictions": "numpy",
-    "tta.curves": "numpy pyarrow tta.predictions",
-    "tta.results": f"{ADAPTER} numpy pandas tta.config tta.models tta.curves tta.predictions",
-    "tta.intervals": "numpy tta.predictions tta.results",
-    "tta.metrics": "torch torchmetrics numpy tta.functional tta.curves tta.predictions tta.results",
-    "tta.cost": "torch tta.adapter",
-    "tta.record": "torch tta.adapter tta.metrics tta.predictions tta.datasets.*",
-    "tta.engine": f"{ADAPTER} lightning rich tta.config tta.results tta.methods tta.datasets.* {MEASURING}",
-    "tta.report": f"{ANYTHING} tta.tables rich pandas matplotlib tta.datasets.*",
-    "tta.tables": "",
-    "tta.runs": f"{ANYTHING} rich tta.datasets.*",
-    "tta.cells": "tta.engine tta.results tta.runs",
-    "tta.workers": "torch ray tta.cells tta.allocator",
-    "tta.selection": "tta.cells tta.results",
-    "tta.published": "tta.config tta.results",
-    "tta.summary": "rich pandas tta tta.tables tta.cells tta.published tta.results tta.runs tta.selection",
-    "tta.benchmark": f"{ANYTHING} yaml tta.datasets.* tta.runs tta.cells tta.workers tta.selection tta.summary",
-    "tta.plots": "numpy torch matplotlib tta.datasets.*",
-    "tta.figures": "numpy pandas matplotlib tta.plots tta.report tta.results tta.tables",
-    "tta.page": "matplotlib tta.figures tta.report tta.results tta.summary",
-    "tta.words": "tta.adapter tta.config tta.runs tta.methods tta.datasets.*",
-    "tta.listings": "tta.config tta.methods tta.datasets.* tta.models tta.benchmark tta.published",
-    "tta.cli": f"{ANYTHING} rich tta.datasets.* tta.allocator tta.words tta.listings tta.report tta.plots tta.figures tta.page tta.runs tta.benchmark tta.selection tta.published tta.cells",
+    "tta.config": "omegaconf yaml tta.configs tta.adapter",
+    "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
+    "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
+    "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.paths",
+    "tta.results": "torch torchmetrics numpy pandas pyarrow tta.functional tta.adapter tta.config",
+    "tta.report": "numpy pandas rich matplotlib tta.datasets tta.results",
+    "tta.progress": "lightning rich tta.datasets",
+    "tta.callbacks": f"lightning torch tta.methods tta.datasets tta.results {ADAPTER}",
+    "tta.engine": f"lightning torch tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress {ADAPTER}",
+    "tta.benchmark": f"rich pandas yaml torch ray tta tta.allocator tta.models tta.methods tta.datasets tta.results "
+    f"tta.report tta.engine tta.config {ADAPTER}",
+    "tta.cli": f"rich tta tta.allocator tta.models tta.methods tta.datasets tta.results tta.report tta.benchmark "
+    f"tta.engine tta.config {ADAPTER}",
     "tta.__main__": "tta.cli",
-    "tta": "tta.* tta.datasets.*",  # the table of public names, for type checkers only
+    "tta": "tta.adapter tta.benchmark tta.datasets tta.engine tta.methods tta.models tta.report tta.results tta.source",
 }
+FOLDERS_WITH_A_FACE = [
+    "tta.models",
+    "tta.source",
+    "tta.results",
+    "tta.report",
+    "tta.benchmark",
+    "tta.cli",
+    "tta.datasets.corruptions",
+]
 
 
 def module_files() -> dict[str, Path]:
@@ -109,28 +89,58 @@ def imported(source: str, module: str, is_package: bool = False) -> Iterator[str
         yield from (name if name.split(".")[0] == "tta" else name.split(".")[0] for name in names)
 
 
-def row_of(module: str) -> set[str]:
-    """The names that a module may import."""
-    for pattern in (module, f"{module.rpartition('.')[0]}.*"):
-        if pattern in MAY_IMPORT:
-            return set(MAY_IMPORT[pattern].split())
-    raise AssertionError(f"{module} has no row in MAY_IMPORT of {__file__}: say there what it may import.")
+def room_of(module: str) -> str:
+    """The room that a module belongs to: itself or the nearest package above that has a row."""
+    if module.startswith("tta.methods."):
+        return "tta.methods.*"
+    parts = module.split(".")
+    for length in range(len(parts), 1, -1):
+        if ".".join(parts[:length]) in MAY_IMPORT:
+            return ".".join(parts[:length])
+    return module
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """What a module imports and may not."""
-    allowed = row_of(module)
-    return sorted(
-        name
-        for name in set(imported(source, module, is_package))
-        if name not in sys.stdlib_module_names
-        and name not in allowed
-        and not (name.startswith("tta.") and f"{name.rpartition('.')[0]}.*" in allowed)
-    )
+    """What a module imports and may not: another room's, a library's, another method's, or what a folder keeps private."""
+    room = room_of(module)
+    if room not in MAY_IMPORT:
+        raise AssertionError(f"{module} has no row in MAY_IMPORT of {__file__}: say there what it may import.")
+    allowed = {*MAY_IMPORT[room].split(), room}
+    found = set()
+    for name in imported(source, module, is_package):
+        is_method = module.startswith("tta.methods.") and name.startswith("tta.methods.")
+        if (
+            name not in sys.stdlib_module_names
+            and (room_of(name) not in allowed or (is_method and not is_shared(name)))
+        ) or is_private(name, module):
+            found.add(name)
+    return sorted(found)
+
+
+def is_shared(name: str) -> bool:
+    """Whether a module of the methods' folder is one that methods share: ``_contrast.py``."""
+    return name.startswith("tta.methods._")
+
+
+def is_private(name: str, module: str) -> bool:
+    """Whether a module lies in a folder that neither names it in its ``__all__`` nor holds the importing module."""
+    for folder in FOLDERS_WITH_A_FACE:
+        if name.startswith(f"{folder}.") and not f"{module}.".startswith(f"{folder}."):
+            return name.removeprefix(f"{folder}.") not in face_of(folder)
+    return False
+
+
+@cache
+def face_of(folder: str) -> tuple[str, ...]:
+    """The names in a folder's ``__all__``."""
+    for node in ast.parse(MODULES[folder].read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return tuple(ast.literal_eval(node.value))
+    raise AssertionError(f"{folder} names no face: give its __init__ an __all__.")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_imports_only_what_its_row_allows(module: str) -> None:
+def test_module_imports_only_what_its_room_may(module: str) -> None:
     file = MODULES[module]
     found = violations(file.read_text(), module, is_package=file.name == "__init__.py")
     assert not found, f"{module} may not import {', '.join(found)}"
@@ -149,11 +159,23 @@ def test_module_imports_only_what_its_row_allows(module: str) -> None:
         ("tta.datasets.stream", "from tta.adapter import Adapter", ["tta.adapter"]),
         ("tta.functional", "import torch, torchvision", ["torchvision"]),
         ("tta.norms", "if TYPE_CHECKING:\n    from tta.adapter import Adapter", ["tta.adapter"]),
-        ("tta.results", "import lightning.pytorch as pl", ["lightning"]),
+        ("tta.results.result", "import lightning.pytorch as pl", ["lightning"]),
+        ("tta.results.record", "from tta.datasets.stream import Batch", ["tta.datasets.stream"]),
         ("tta.engine", "from omegaconf import OmegaConf", ["omegaconf"]),
         ("tta.engine", "from tta.report import table", ["tta.report"]),
-        ("tta.cli", "import datasets", ["datasets"]),
-        ("tta.cli", "from methods.tent import Tent", ["methods"]),
+        (
+            "tta.engine",
+            "from tta.results.curves import collapse\nfrom tta.results.result import Row",
+            ["tta.results.result"],
+        ),
+        ("tta.datasets.stream", "from tta.datasets.corruptions.blur import disk", ["tta.datasets.corruptions.blur"]),
+        (
+            "tta.methods.cmf",
+            "from tta.methods._weighting import x\nfrom tta.methods.roid import y",
+            ["tta.methods.roid"],
+        ),
+        ("tta.cli.commands", "import datasets", ["datasets"]),
+        ("tta.cli.commands", "from methods.tent import Tent", ["methods"]),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str, found: list[str]) -> None:
@@ -165,6 +187,9 @@ def test_a_forbidden_import_is_found(module: str, source: str, found: list[str])
     [
         ("tta.methods.tent", "import torch.nn.functional as F\nfrom tta import norms\nfrom tta.adapter import Adapter"),
         ("tta.datasets.digits_c", "import numpy\nfrom . import stream"),
+        ("tta.methods.cmf", "from tta.methods._weighting import SelfTraining"),
+        ("tta.datasets.corruptions.blur", "from tta.datasets.corruptions import draws"),
+        ("tta.report.tables", "from tta.results import metrics"),
         ("tta.engine", "import json\nimport lightning.pytorch as pl\nfrom tta.datasets.stream import Stream"),
     ],
 )
@@ -174,13 +199,42 @@ def test_an_allowed_import_is_not(module: str, source: str) -> None:
 
 def test_a_module_without_a_row_is_named() -> None:
     with pytest.raises(AssertionError, match=r"tta\.newcomer has no row"):
-        row_of("tta.newcomer")
+        violations("", "tta.newcomer")
 
 
-@pytest.mark.parametrize(("library", "owner"), [("lightning", "tta.engine"), ("omegaconf", "tta.config")])
-def test_one_module_owns_the_library(library: str, owner: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "owners"),
+    [("lightning", ["tta.callbacks", "tta.engine", "tta.progress"]), ("omegaconf", ["tta.config"])],
+)
+def test_a_library_has_its_owners(library: str, owners: list[str]) -> None:
     importers = [name for name, file in MODULES.items() if library in imported(file.read_text(), name)]
-    assert importers == [owner]
+    assert importers == owners
+
+
+@pytest.mark.parametrize("folder", FOLDERS_WITH_A_FACE)
+def test_no_module_has_the_name_of_a_function_of_its_face(folder: str) -> None:
+    """Importing the module would put it in the function's place."""
+    modules = {name.removeprefix(f"{folder}.") for name in MODULES if name.startswith(f"{folder}.")}
+    face = import_module(folder)
+    assert [
+        name for name in face.__all__ if name in modules and not ismodule(getattr(import_module(folder), name, sys))
+    ] == []
+
+
+def test_rows_are_rooms_and_the_table_has_one_direction() -> None:
+    """Every row is of a module that there is, and no two rooms may import each other but the building blocks."""
+    assert set(MAY_IMPORT) - {"tta.methods.*"} <= set(MODULES)
+    order = list(MAY_IMPORT)
+    below = {
+        room: {name for name in row.split() if name in order and name != "tta"} for room, row in MAY_IMPORT.items()
+    }
+    rising = [
+        (room, name)
+        for room, names in below.items()
+        for name in names
+        if order.index(name) > order.index(room) and not {room, name} <= set(BLOCKS.split())
+    ]
+    assert rising == []
 
 
 def test_nothing_imports_the_folders_by_their_bare_names() -> None:

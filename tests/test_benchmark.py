@@ -10,8 +10,9 @@ import time
 import pytest
 
 import tta
-from tta import benchmark, cells, workers
-from tta.cells import Cell, Failure
+from tta import benchmark
+from tta.benchmark import Failure, cells, workers
+from tta.benchmark.cells import Cell
 from tta.cli import main
 from tta.config import ConfigError
 from tta.results import Result, Row
@@ -217,7 +218,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     task = (
         f"open({str(tmp_path)!r} + '/' + str(__import__('os').getpid()), 'w').close() or __import__('time').sleep(60)"
     )
-    code = f"from tta import workers; list(workers.in_processes(eval, [{task!r}] * 2, 2))"
+    code = f"from tta.benchmark import workers; list(workers.in_processes(eval, [{task!r}] * 2, 2))"
     parent = subprocess.Popen([sys.executable, "-c", code])
     while parent.poll() is None and len(list(tmp_path.iterdir())) < 2:
         time.sleep(0.05)

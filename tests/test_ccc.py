@@ -228,7 +228,7 @@ def test_a_dataset_of_ones_own_is_the_clean_images():
 
 
 def test_the_stream_is_printed_and_drawn_before_an_image_is_read(monkeypatch, tmp_path):
-    from tta.plots import schedule
+    from tta.report.schedule import schedule
 
     def fail(*_, **__):
         raise AssertionError("an image was made")

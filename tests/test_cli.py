@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tta
-from tta.cells import Cell, run_cell
+from tta.benchmark.cells import Cell, run_cell
 from tta.cli import main
-from tta.words import parse_request
+from tta.cli.arguments import parse_request
 
 QUICK = ["samples=20", "batch_size=10", "corruptions=[fog,contrast]"]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import tta
-from tta.contrast import contrastive, new_projector
+from tta.methods._contrast import contrastive, new_projector
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from scipy import stats
 from torch import Tensor
 from torchvision.io import write_png
 
-from tta.datasets import corruptions, draws, frost
-from tta.datasets.corruptions import CORRUPTIONS, RECIPES, VALIDATION_CORRUPTIONS, apply, corrupt, draw
+from tta.datasets import corruptions
+from tta.datasets.corruptions import CORRUPTIONS, RECIPES, VALIDATION_CORRUPTIONS, apply, corrupt, draw, draws, frost
 
 # torchvision announces the move of its codecs to TorchCodec, which the oldest supported release does not know
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
@@ -79,7 +79,7 @@ def test_an_image_is_damaged_alike_in_every_batch(name: str, data: st.DataObject
 def test_working_in_parts_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(5)
     whole = corrupt(images, name)
-    monkeypatch.setattr(corruptions, "_VALUES_AT_ONCE", 2 * images[0].numel())
+    monkeypatch.setattr("tta.datasets.corruptions.recipes._VALUES_AT_ONCE", 2 * images[0].numel())
     assert torch.equal(corrupt(images, name), whole)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tta
-from tta.cost import Passes, forget_peak_memory, peak_memory_mb
 from tta.functional import entropy
+from tta.results.cost import Passes, forget_peak_memory, peak_memory_mb
 
 BATCH, BATCHES = 32, 3
 IMAGES = BATCH * BATCHES

@@ -9,9 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import tta
-from tta import curves
-from tta.predictions import Predictions
-from tta.results import Result, Row
+from tta.results import Predictions, Result, Row, curves
 
 
 def predictions(prediction, lengths, label=None, **changes):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import tta
-from tta import figures
 from tta.cli import main
-from tta.page import page
+from tta.report import figures
+from tta.report.page import html_page
 
 pytest.importorskip("matplotlib", reason="the extra plot is not installed")
 
@@ -148,7 +148,7 @@ class Page(HTMLParser):
 
 def test_the_report_is_one_whole_page_that_needs_nothing_else(results):
     table = tta.compare(results)
-    text = page(table, results, title="a <b> c")
+    text = html_page(table, results, title="a <b> c")
     found = Page(text)
     assert not found.open
     assert all(link.startswith(("#", "data:")) for link in found.links)
@@ -161,7 +161,7 @@ def test_the_report_is_one_whole_page_that_needs_nothing_else(results):
 
 def test_without_matplotlib_the_tables_stand_alone(results, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    text = page(tta.compare(results), results)
+    text = html_page(tta.compare(results), results)
     assert "<svg" not in text
     assert "<table" in text
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tta
-from tta.evolution import CMAES
+from tta.methods._evolution import CMAES
 
 COMMUNITY = Path(__file__).parent / "golden" / "community"
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import tta
 from tta import methods
-from tta.words import parse_request
+from tta.cli.arguments import parse_request
 
 
 @pytest.fixture

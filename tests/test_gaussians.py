@@ -12,7 +12,7 @@ import tta
 from tta import norms
 from tta.functional import below_quantile, otsu_threshold, symmetric_kl, weighted_distance
 from tta.memory import RunningGaussian
-from tta.source_kinds import Need
+from tta.source import Need
 
 
 def draws(seed=0):

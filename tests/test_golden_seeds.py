@@ -14,8 +14,7 @@ import torch
 import tta
 from tta import fingerprint
 from tta.methods import source_needs
-from tta.source import Entry
-from tta.source_kinds import Need
+from tta.source import Entry, Need
 
 SEEDS = Path(__file__).parent / "golden" / "seeds"
 LOGITS, EXTRA = np.load(SEEDS / "logits.npz"), np.load(SEEDS / "extra.npz")

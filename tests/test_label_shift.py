@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import tta
-from tta import shift
+from tta.source import shift
 
 
 def model():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageOps
 
 import tta
-from tta import augmix
+from tta.methods import _augmix as augmix
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_maps_are_those_of_pil_inside_the_border(picture, operation, sign, their
 
 def test_views_are_images_and_follow_the_generator(picture):
     for image in (picture / 255, torch.rand(3, 120, 130)):
-        first, second = (augmix.views(image, 6, torch.Generator().manual_seed(1)) for _ in range(2))
+        first, second = (augmix.augmix_views(image, 6, torch.Generator().manual_seed(1)) for _ in range(2))
         assert first.shape == (6, *image.shape)
         assert first.min() >= 0
         assert first.max() <= 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tta
-from tta import memory
+from tta import ema
 from tta.memory import BalancedMemory
 
 
@@ -86,28 +86,28 @@ def test_state_from_before_the_first_batch_loads_into_a_used_adapter(cnn, golden
 def test_teacher_follows_what_the_student_learns():
     student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     student[0].bias.requires_grad_(False)
-    teacher = memory.frozen_copy(student)
+    teacher = ema.frozen_copy(student)
     assert not any(p.requires_grad for p in teacher.parameters())
     start = copy.deepcopy(teacher.state_dict())
     with torch.no_grad():
         for p in student.parameters():
             p.add_(1.0)
     student[1].running_mean.add_(1.0)
-    memory.follow(teacher, student, 0.25, when=torch.tensor(False))
+    ema.follow(teacher, student, 0.25, when=torch.tensor(False))
     assert all(torch.equal(start[key], value) for key, value in teacher.state_dict().items())
-    memory.follow(teacher, student, 0.25, when=torch.tensor(True))
+    ema.follow(teacher, student, 0.25, when=torch.tensor(True))
     moved = {key: value - start[key] for key, value in teacher.state_dict().items()}
     for key in ("0.weight", "1.weight", "1.bias"):
         torch.testing.assert_close(moved[key], torch.full_like(moved[key], 0.25))
     for key in ("0.bias", "1.running_mean"):
         assert not moved[key].any()
-    assert memory.frozen_copy(student)[0].weight.data_ptr() != student[0].weight.data_ptr()
+    assert ema.frozen_copy(student)[0].weight.data_ptr() != student[0].weight.data_ptr()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_share_of_the_student_is_exact_at_its_ends(share):
     student = nn.Linear(50, 50)
-    teacher = memory.frozen_copy(nn.Linear(50, 50))
+    teacher = ema.frozen_copy(nn.Linear(50, 50))
     expected = (student if share else copy.deepcopy(teacher)).weight.detach().clone()
-    memory.follow(teacher, student, share, when=torch.tensor(True))
+    ema.follow(teacher, student, share, when=torch.tensor(True))
     assert torch.equal(teacher.weight, expected)

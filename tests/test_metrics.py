@@ -10,11 +10,9 @@ from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from torch.utils.data import TensorDataset
 
 import tta
-from tta import metrics
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.predictions import Predictions
-from tta.record import Record
-from tta.results import Row
+from tta.results import Predictions, Row, metrics
+from tta.results.record import Record
 
 
 @pytest.fixture
@@ -311,13 +309,13 @@ def test_a_method_that_scores_only_some_batches_gave_no_scores():
 
 
 def test_logits_are_reduced_a_chunk_at_a_time(monkeypatch, runs):
-    monkeypatch.setattr("tta.record.WAITING", 300)  # of 16 x 10: two batches
+    monkeypatch.setattr("tta.results.record.WAITING", 300)  # of 16 x 10: two batches
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(150, 3, 32, 32, generator=generator), torch.randint(0, 10, (150,), generator=generator)
     record, adapter = Record(), tta.adapt(tta.load_model("digits-cnn"), "source")
     waiting = []
     for batch in tta.stream({"a": TensorDataset(images, labels)}, batch_size=16):
-        record.add(batch, adapter.step(batch.images))
+        record.add(adapter(batch.images), batch.labels, batch.domain, batch.index)
         waiting.append(len(record._waiting))
     assert max(waiting) <= 2
     found = record.predictions()

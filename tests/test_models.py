@@ -9,11 +9,10 @@ from safetensors.torch import save_file
 from timm.models._hub import has_hf_hub
 
 import tta
-from tta.checkpoints import load_weights
-from tta.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
 from tta.datasets import digits
-from tta.models import EMBEDDED
-from tta.networks import PaddedShortcut
+from tta.models import EMBEDDED, HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
+from tta.models.checkpoints import load_weights
+from tta.models.networks import PaddedShortcut
 
 
 def per_channel(values):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tta
-from tta.classifier import HALF
+from tta.models import HALF
 
 
 def test_without_transformers_the_command_is_named(monkeypatch):

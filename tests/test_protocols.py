@@ -156,7 +156,7 @@ def test_schedule_before_an_image_is_made(protocol, no_image):
 
 @pytest.mark.parametrize("protocol", ["outliers", "forgetting", "gradual"])
 def test_picture_before_an_image_is_made(protocol, no_image):
-    from tta.plots import schedule
+    from tta.report.schedule import schedule
 
     stream = corrupted(protocol=protocol, **({"learn": False} if protocol == "forgetting" else {}))
     above, below = schedule(stream).axes

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tta import methods, models, published
+from tta import methods, models
 from tta.cli import main
 from tta.config import ConfigError
 from tta.datasets.catalog import PROTOCOLS
-from tta.results import Result, Row
+from tta.results import Result, Row, published
 
 TENT = published.find("tent-cifar10-c")
 

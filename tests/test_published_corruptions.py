@@ -10,9 +10,8 @@ from PIL import Image
 from scipy import ndimage, stats
 from torch import Tensor
 
-from tta.datasets import blur, digital, frost, pixels
-from tta.datasets import spatter as drops
-from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, apply, draw
+from tta.datasets.corruptions import CORRUPTIONS, VALIDATION_CORRUPTIONS, apply, blur, digital, draw, frost, pixels
+from tta.datasets.corruptions import spatter as drops
 
 # torchvision announces the move of its codecs to TorchCodec, which the oldest supported release does not know
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tta.intervals import compare_errors, error_interval
-from tta.results import Predictions, Result, Row, differences, environment, find_results
+from tta.results import Predictions, Result, Row, compare_errors, differences, environment, error_interval, find_results
 
 
 def predictions(domain, index, label, prediction):

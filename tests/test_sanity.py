@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import tta
-from tta.classifier import HALF, NO_MEAN, NO_STD, ImageClassifier
 from tta.cli import main
 from tta.datasets import digits
-from tta.sanity import PreflightWarning
+from tta.models import HALF, NO_MEAN, NO_STD, ImageClassifier, PreflightWarning
 
 IMAGES, LABELS, _ = digits.split("test")
 
@@ -148,7 +147,7 @@ def test_without_images_there_is_nothing_to_check(model):
 
 TWICE = """
 import torch, tta
-from tta.classifier import HALF, ImageClassifier
+from tta.models import HALF, ImageClassifier
 
 class Twice(torch.nn.Module):
     def __init__(self):

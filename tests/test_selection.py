@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import tta
-from tta import benchmark, selection, summary
+from tta import benchmark
+from tta.benchmark import selection, summary
 from tta.cli import main
 from tta.config import ConfigError
 from tta.datasets.corruptions import VALIDATION_CORRUPTIONS
 from tta.engine import Consistency
-from tta.predictions import Predictions
-from tta.results import Result, Row
+from tta.results import Predictions, Result, Row
 
 DESCRIBED = {
     "methods": ["source", "tent"],

@@ -17,8 +17,7 @@ from tta import taps
 from tta.cli import main
 from tta.datasets import catalog
 from tta.methods import source_needs
-from tta.source import SourceStatistics
-from tta.source_kinds import Need
+from tta.source import Need, SourceStatistics
 
 
 def known(model, need, source, **settings):

@@ -7,8 +7,8 @@ import statistics
 import pytest
 from rich.console import Console
 
-from tta import benchmark, summary
-from tta.cells import Failure
+from tta import benchmark
+from tta.benchmark import Failure, summary
 from tta.config import ConfigError
 from tta.results import Result, Row
 

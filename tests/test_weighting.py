@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import tta
 from tta.functional import symmetric_cross_entropy
-from tta.weighting import certainty_diversity, prior_corrected, soft_likelihood_ratio
+from tta.methods._weighting import certainty_diversity, prior_corrected, soft_likelihood_ratio
 
 
 @pytest.fixture

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from tta.engine import evaluate
     from tta.methods import adapt
     from tta.methods import available as list_methods
-    from tta.models import load_model
+    from tta.models import load_model, preflight
     from tta.report import compare
     from tta.results import Result
-    from tta.sanity import preflight
     from tta.source import SourceStatistics
 
 _HOME = {
@@ -34,7 +33,7 @@ _HOME = {
     "evaluate": ("tta.engine", "evaluate"),
     "list_methods": ("tta.methods", "available"),
     "load_model": ("tta.models", "load_model"),
-    "preflight": ("tta.sanity", "preflight"),
+    "preflight": ("tta.models", "preflight"),
     "stream": ("tta.datasets.catalog", "stream"),
     "tune": ("tta.benchmark", "tune"),
 }

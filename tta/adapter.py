@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from tta import fingerprint, norms
+from tta import channels_last, fingerprint
 from tta.functional import logits_of
-from tta.source import BATCH_SIZE, EXPECTED, Source, known_from
-from tta.source_kinds import Known, Need
+from tta.source import BATCH_SIZE, EXPECTED, Known, Need, Source, known_from
 
 
 @dataclass
@@ -105,7 +104,7 @@ class Adapter(nn.Module):
             self.model = own(unwrap(model), copy)
             self.source_fingerprint = fingerprint.of_model(self.model)
             self.model.eval()
-            self._channels_last = copy and runs_channels_last(self.model)
+            self._channels_last = copy and channels_last.pays(self.model)
             if self._channels_last:
                 self.model.to(memory_format=torch.channels_last)
             self.generator = torch.Generator()
@@ -546,19 +545,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             "Pass the model as it was before compiling."
         )
     return inner
-
-
-def runs_channels_last(model: nn.Module) -> bool:
-    """Whether a model is faster with channels last: its parameters are mostly weights of convolutions, and not few.
-
-    On a CPU a step of norm then takes 0.7 times as long, one of tent 0.75 (ResNet-20 of CIFAR, batch 200), but no less on a
-    network with 76 000 parameters. A model whose BatchNorm is of a class of its own stays as it is: see ``norms.ChannelsLastBatchNorm2d``.
-    """
-    sizes = [(parameter.dim(), parameter.numel()) for parameter in model.parameters()]
-    convolutional = 2 * sum(size for dim, size in sizes if dim == 4) > sum(size for _, size in sizes) > 100_000
-    return convolutional and all(
-        type(layer) is nn.BatchNorm2d for _, layer in norms.named_layers(model, norms.BATCH_NORMS)
-    )
 
 
 def own(model: nn.Module, copied: bool) -> nn.Module:

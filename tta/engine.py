@@ -1,6 +1,6 @@
 """The online loop on Lightning: each batch once, predicted and learned from, scored as it arrives.
 
-The only importer of lightning. ``evaluate`` equals a plain ``for`` loop over the stream bit for bit.
+With its callbacks and its progress bar the only importer of lightning. ``evaluate`` equals a plain ``for`` loop over the stream bit for bit.
 """
 
 import copy
@@ -10,29 +10,29 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tta import curves, methods, metrics
+from tta import methods
 from tta.adapter import Adapter, Output
+from tta.callbacks import AdaptCallback, Consistency, SourceError
 from tta.config import as_dict
-from tta.cost import Passes, forget_peak_memory, peak_memory_mb
 from tta.datasets.domains import UNKNOWN, to_float
 from tta.datasets.stream import Batch, Stream
-from tta.predictions import Predictions
-from tta.record import Record
-from tta.results import Result, Row, environment
+from tta.progress import OnlineProgress
+from tta.results import Predictions, Result, Row, curves, environment, metrics
+from tta.results.cost import Passes, forget_peak_memory, peak_memory_mb
+from tta.results.record import Record
+
+__all__ = ["AdaptCallback", "Consistency", "OnlineModule", "OnlineProgress", "evaluate", "measure_cost", "reset_period"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 # So much of a measured cost above a whole number is the clock's noise: a method that only predicts must not miss batches.
@@ -80,11 +80,11 @@ def evaluate(
 
     Returns:
         The errors per domain, with a manifest of what would reproduce them. ``result.metrics`` holds, beside
-        :func:`tta.metrics.summary`:
+        :func:`tta.results.metrics.summary`:
 
-        * ``forwards``, ``backwards``: passes counted in images, see :class:`tta.cost.Passes`; also ``.._per_image``;
+        * ``forwards``, ``backwards``: passes counted in images, see :class:`tta.results.cost.Passes`; also ``.._per_image``;
         * ``images_per_second``, ``peak_memory_mb``: of this machine on this occasion, reading of images included;
-        * ``collapse``: see :func:`tta.curves.collapse`;
+        * ``collapse``: see :func:`tta.results.curves.collapse`;
         * ``source_error_before``, ``source_error_after``: in percent, with ``clean``.
 
     Raises:
@@ -301,7 +301,7 @@ class OnlineModule(pl.LightningModule):
         output = self._predict_and_learn(batch, batch_idx)
         if batch_idx == 0 and self.check_logits is not None:
             self.check_logits(output.logits.shape[1])
-        self._record.add(batch, output)
+        self._record.add(output.logits, batch.labels, batch.domain, batch.index, output.outlier_score)
         return {"logits": output.logits}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -401,150 +401,6 @@ def _worth(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return float((logits.argmax(1) == labels).sum()), -float(
         nn.functional.cross_entropy(logits, labels, reduction="sum")
     )
-
-
-class AdaptCallback(Callback):
-    """Adapt a model inside an existing LightningModule while ``Trainer.test`` or ``Trainer.predict`` runs.
-
-    For the run the sub-module named by ``attribute`` is replaced by an adapter around a copy of it; afterwards the
-    original is back, unchanged. ``callback.adapter`` keeps what was learned and goes on from there in the next run.
-
-    Args:
-        method: as in :func:`tta.adapt`.
-        attribute: dotted name of the classifier inside the LightningModule.
-        hparams: as in :func:`tta.adapt`.
-
-    Raises:
-        ValueError: the LightningModule has no such sub-module; those it has are listed.
-    """
-
-    def __init__(self, method: str | type[Adapter], *, attribute: str = "model", **hparams: Any) -> None:
-        self.adapter: Adapter | None = None
-        self._method, self._attribute, self._hparams = method, attribute, hparams
-        self._original: nn.Module | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage not in ("test", "predict"):
-            return
-        try:
-            original = attrgetter(self._attribute)(pl_module)
-        except AttributeError:
-            raise ValueError(
-                f"{type(pl_module).__name__} has no sub-module '{self._attribute}'. Name the classifier with "
-                f"attribute=; there are: {', '.join(name for name, _ in pl_module.named_children())}."
-            ) from None
-        if self.adapter is None:
-            self.adapter = methods.adapt(original, self._method, **self._hparams)
-        self._original = original
-        self._put(pl_module, self.adapter)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._original is not None:
-            self._put(pl_module, self._original)
-            self._original = None
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "test")
-
-    def _put(self, pl_module: pl.LightningModule, model: nn.Module) -> None:
-        owner, _, name = self._attribute.rpartition(".")
-        setattr(attrgetter(owner)(pl_module) if owner else pl_module, name, model)
-
-
-class SourceError(Callback):
-    """Error on the source domain before and after a run, in percent, predicted without learning.
-
-    Args:
-        stream: the source domain.
-        num_workers: as in :func:`tta.evaluate`.
-    """
-
-    def __init__(self, stream: Stream, num_workers: int = 0) -> None:
-        self.errors: dict[str, float] = {}
-        self._stream, self._num_workers = stream, num_workers
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.errors["source_error_before"] = self._error(trainer, pl_module)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.errors["source_error_after"] = self._error(trainer, pl_module)
-
-    def _error(self, trainer: pl.Trainer, pl_module: Any) -> float:
-        record = Record()
-        # What is drawn here must not change what the run draws.
-        with isolate_rng(), pl_module.adapter.paused(), trainer.precision_plugin.forward_context():
-            for batch in self._stream.loader(self._num_workers, pin_memory=pl_module.device.type == "cuda"):
-                images = to_float(batch.images.to(pl_module.device, non_blocking=True))
-                record.add(batch, pl_module.adapter.step(images))
-        wrong, known = record.wrong_and_known()
-        return 100.0 * wrong / known if known else math.nan
-
-
-class Consistency(Callback):
-    """Share of images in percent that are predicted alike as they are and shifted, by the adapter after each batch.
-
-    Labels are not looked at. The shift is the weak augmentation that keeps every class of image what it is (a flip does
-    not): by a sixteenth of the image to the right and down, edges reflected. Learns nothing and leaves the run as it was.
-    """
-
-    def __init__(self) -> None:
-        self._alike: list[Tensor] = []
-
-    @property
-    def percent(self) -> float:
-        """Over the run so far; NaN before it. Waits for the device."""
-        return 100.0 * float(torch.cat(self._alike).float().mean()) if self._alike else math.nan
-
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
-        adapter, images = pl_module.adapter, batch.images
-        by = max(1, images.shape[-1] // 16)
-        shifted = nn.functional.pad(images, (by, 0, by, 0), mode="reflect")[..., : images.shape[-2], : images.shape[-1]]
-        pl_module.passes.detach()
-        with isolate_rng(), adapter.paused(), trainer.precision_plugin.forward_context():
-            seen, moved = (adapter.step(view).logits.argmax(1) for view in (images, shifted))
-        pl_module.passes.attach(adapter)
-        self._alike.append(seen == moved)
-
-
-class OnlineProgress(ProgressBar):
-    """A progress bar with the domain, the online error so far and images/s, refreshed at most 4 times a second."""
-
-    REFRESH_SECONDS = 0.25
-
-    def __init__(self, stream: Stream) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[status]}"), TimeRemainingColumn()]
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
-        self._bar.start()
-        self._task = self._bar.add_task("starting", total=len(self._stream), status="")
-        self._started = self._refreshed = time.perf_counter()
-        self._images = 0
-
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._images += len(batch.images)
-        now = time.perf_counter()
-        if now - self._refreshed < self.REFRESH_SECONDS:
-            return
-        self._refreshed = now
-        wrong, known = pl_module.wrong_and_known()
-        error = f"{100 * wrong / known:.1f} %" if known else "-"
-        self._bar.update(
-            self._task,
-            completed=batch_idx + 1,
-            description=self._stream.domains[int(batch.domain[0])].name,
-            status=f"online error {error}, {self._images / (now - self._started):.0f} images/s",
-            refresh=True,
-        )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if hasattr(self, "_bar"):
-            self._bar.stop()
 
 
 @contextmanager

@@ -6,13 +6,14 @@ itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from tta import channels_last
 
 # Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
 BATCH_NORMS = (_BatchNorm,)
@@ -76,8 +77,7 @@ def use_batch_statistics(layer: nn.Module) -> None:
         layer.running_mean = None
         layer.running_var = None
         layer.num_batches_tracked = None
-        if type(layer) is nn.BatchNorm2d:
-            layer.__class__ = ChannelsLastBatchNorm2d
+        channels_last.sum_exactly(layer)
 
 
 @contextmanager
@@ -85,10 +85,9 @@ def by_batch(model: nn.Module) -> Iterator[None]:
     """Within this context BatchNorm layers normalise by the current batch; what they have stored is left as it is."""
     layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
     stored = [(layer, type(layer), layer.running_mean, layer.running_var) for layer in layers]
-    for layer, kind, _, _ in stored:
+    for layer, _, _, _ in stored:
         layer.running_mean = layer.running_var = None
-        if kind is nn.BatchNorm2d:
-            layer.__class__ = ChannelsLastBatchNorm2d
+        channels_last.sum_exactly(layer)
     try:
         yield
     finally:
@@ -124,103 +123,6 @@ def training_statistics(model: nn.Module) -> Iterator[None]:
                         value.data.copy_(torch.where(good, getattr(layer, name), value))
             for name, value in zip(names, values, strict=True):
                 setattr(layer, name, value)
-
-
-class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
-    """Batch statistics of channels-last images, summed as exactly as those of channels-first ones.
-
-    On a CPU, PyTorch adds up channels-last statistics and their gradients one by one: at batch 200 of 32-pixel maps the
-    outputs are off by 3e-3 after a ReLU, against 2e-6 here. Everything else goes the way of ``nn.BatchNorm2d``.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        one_value = x.numel() == x.shape[1]  # has no variance; the ordinary way says so
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.stride(1) != 1 or self.weight is None or one_value:
-            return super().forward(x)
-        return _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
-
-
-class _NormaliseRows(torch.autograd.Function):
-    """``F.batch_norm`` by the batch, on images that PyTorch's channels-last kernels see as a few pixels of many channels.
-
-    ``k`` pixels that follow one another count as one pixel of ``k`` times the channels. The kernels then add up a ``k``-th
-    of the values in a row, and the ``k`` sums of a channel are added here.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        wide, k = _wide(x)
-        means, variances = (part.view(k, -1) for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
-        mean = means.mean(0)
-        var = variances.mean(0) + (means - mean).square().mean(0)
-        gain = weight * (var + eps).rsqrt()
-        # Written through a view, not returned as one: what a view of a custom function's making holds, no activation may
-        # replace in place.
-        out = torch.empty_like(x, memory_format=torch.channels_last)
-        torch.addcmul(_repeated(bias - mean * gain, k), wide, _repeated(gain, k), out=_wide(out)[0])
-        return out, mean, var
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ctx.eps = inputs
-        _, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(x, weight, mean, var)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
-        wide, k = _wide(x)
-        of_out, _ = _wide(gradients[0])
-        # With given statistics the kernel gives the two sums in one pass; those statistics' own gradient is added here.
-        _, *sums = torch.ops.aten.native_batch_norm_backward(
-            of_out, wide, None, mean.repeat(k), var.repeat(k), None, None, False, ctx.eps, [False, True, True]
-        )
-        of_weight, of_bias = (part.view(k, -1).sum(0) for part in sums)
-        scale = (var + ctx.eps).rsqrt()
-        gain, count = weight * scale, x.numel() // len(mean)
-        slope = gain * scale * of_weight / -count
-        offset = gain * of_bias / -count - slope * mean
-        of_x = torch.empty_like(x, memory_format=torch.channels_last)
-        torch.addcmul(_repeated(offset, k), wide, _repeated(slope, k), out=_wide(of_x)[0])
-        _wide(of_x)[0].addcmul_(of_out, _repeated(gain, k))
-        return of_x, of_weight, of_bias, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Each of the stacked batches by itself."""
-        each = zip(
-            *(
-                [value] * info.batch_size if dim is None else value.unbind(dim)
-                for value, dim in zip(inputs, in_dims, strict=True)
-            ),
-            strict=True,
-        )
-        outputs = [torch.stack(parts) for parts in zip(*(_NormaliseRows.apply(*one) for one in each), strict=True)]
-        return tuple(outputs), (0,) * len(outputs)
-
-
-WIDE = 2048  # channels in which the kernels are as fast as they get
-
-
-@cache
-def _slots(pixels: int, channels: int) -> int:
-    """How many pixels to take as one: a divisor of their number, and not all of it."""
-    return next((k for k in range(min(WIDE // channels, pixels // 2), 1, -1) if pixels % k == 0), 1)
-
-
-def _wide(x: Tensor) -> tuple[Tensor, int]:
-    """Images (batch, channels, height, width) as one image (1, k * channels, pixels / k, 1), and k; channels last."""
-    channels = x.shape[1]
-    pixels = x.numel() // channels
-    k = _slots(pixels, channels)
-    rows = x.permute(0, 2, 3, 1).reshape(1, pixels // k, 1, k * channels)
-    return rows.permute(0, 3, 1, 2), k
-
-
-def _repeated(values: Tensor, k: int) -> Tensor:
-    """One value a channel as (1, k * channels, 1, 1)."""
-    return values.repeat(k).view(1, -1, 1, 1)
 
 
 class BlendedBatchNorm(nn.Module):

@@ -1,0 +1,25 @@
+"""Corruptions: nineteen ways to damage images, in both published recipes."""
+
+from tta.datasets.corruptions.recipes import (
+    CORRUPTIONS,
+    HIGHEST,
+    QUARTERS,
+    RECIPES,
+    VALIDATION_CORRUPTIONS,
+    apply,
+    constants,
+    corrupt,
+    draw,
+)
+
+__all__ = [
+    "CORRUPTIONS",
+    "HIGHEST",
+    "QUARTERS",
+    "RECIPES",
+    "VALIDATION_CORRUPTIONS",
+    "apply",
+    "constants",
+    "corrupt",
+    "draw",
+]

@@ -1,0 +1,161 @@
+"""How hyper-parameters are selected from a grid, and which of those ways look at labels.
+
+Test-time adaptation has no labels, yet most published tables were tuned on those of the test images. The ways below say what
+each needs, and every table repeats it.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tta.benchmark.cells import Cell, Outcome
+from tta.results import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way of selection.
+
+    Attributes:
+        line: what it is.
+        labels: whose labels it looks at: ``"test"`` (an oracle), ``"validation"`` or ``"none"``.
+        grid: what is searched where nothing else is said.
+        score: of one run, lower is better.
+        tuned_on: ``"test"``, or ``"validation"`` where the runs to select from are on the four validation corruptions.
+    """
+
+    line: str
+    labels: str
+    score: Callable[[Result], float]
+    grid: Mapping[str, list[Any]]
+    tuned_on: str = "test"
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether labels of the test images were looked at."""
+        return self.labels == "test"
+
+
+def test_error(result: Result) -> float:
+    """Mean error in percent."""
+    return result.mean_error
+
+
+def mean_entropy(result: Result) -> float:
+    """Mean entropy of the predictions scored, in nats.
+
+    Raises:
+        ValueError: the result's predictions are not at hand.
+    """
+    if result.predictions is None or result.predictions.entropy is None:
+        raise ValueError(f"{result!r} has no entropies: it lacks its predictions.npz, or an earlier version wrote it.")
+    return float(result.predictions.entropy.mean())
+
+
+def inconsistency(result: Result) -> float:
+    """Share of images, in percent, that are predicted otherwise when seen shifted (:class:`tta.engine.Consistency`).
+
+    Raises:
+        ValueError: the run did not measure it.
+    """
+    if "consistency" not in result.metrics:
+        raise ValueError(f"{result!r} was run without measuring how consistent its predictions are.")
+    return 100.0 - float(result.metrics["consistency"])
+
+
+# The grids and the first two ways are those of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023 (TTAB).
+EPISODIC: dict[str, list[Any]] = {"lr": [1e-3, 5e-4, 1e-4]}
+ONLINE: dict[str, list[Any]] = {"lr": [5e-3, 1e-3, 5e-4], "steps": [1, 2, 3]}
+
+WAYS = {
+    "episodic-oracle": Way(
+        line="reset before each batch, test labels choose among the steps of each batch and from the grid",
+        labels="test",
+        score=test_error,
+        grid=EPISODIC,
+    ),
+    "online-last": Way(
+        line="the last step counts, test labels choose from the grid",
+        labels="test",
+        score=test_error,
+        grid=ONLINE,
+    ),
+    "validation": Way(
+        line="labels of the four validation corruptions choose from the grid, none of the test corruptions are seen",
+        labels="validation",
+        score=test_error,
+        grid=ONLINE,
+        tuned_on="validation",
+    ),
+    # Both surrogates as compared by Cygert et al., "Realistic Evaluation of Test-Time Adaptation Algorithms: Unsupervised
+    # Hyperparameter Selection", 2024 (arXiv:2407.14231).
+    "entropy": Way(
+        line="no labels: the lowest mean entropy of the predictions chooses from the grid",
+        labels="none",
+        score=mean_entropy,
+        grid=ONLINE,
+    ),
+    "consistency": Way(
+        line="no labels: predictions that change least under weak augmentation choose from the grid",
+        labels="none",
+        score=inconsistency,
+        grid=ONLINE,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One point of the grid.
+
+    Attributes:
+        settings: its hyper-parameters.
+        cells: on the test stream, one a seed.
+        tuning: what it is judged by, one a seed; the same cells unless the way tunes elsewhere.
+    """
+
+    settings: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+    tuning: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row of a benchmark's table: one method under one protocol over all seeds, and the grid that it was selected from.
+
+    Attributes:
+        method: its name.
+        place: stream, model, protocol and preset, as far as they are said.
+        way: name of the way of selection; None where each candidate is an entry of its own.
+        candidates: one or more.
+    """
+
+    method: str
+    place: Mapping[str, Any]
+    way: str | None
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells that it needs."""
+        return [cell for candidate in self.candidates for cell in (*candidate.cells, *candidate.tuning)]
+
+
+def select(entry: Entry, outcomes: Mapping[str, Outcome]) -> Candidate:
+    """The candidate with the lowest score in the mean over seeds; the first of equals, and the first where all failed.
+
+    A candidate with a run that failed or is not there is out, as is one whose score is not finite.
+    """
+    if len(entry.candidates) == 1 or entry.way is None:
+        return entry.candidates[0]
+    score = WAYS[entry.way].score
+
+    def mean_score(candidate: Candidate) -> float:
+        results = [outcomes.get(cell.name) for cell in candidate.tuning]
+        scores = [score(result) if isinstance(result, Result) else math.inf for result in results]
+        mean = statistics.fmean(scores)
+        return mean if math.isfinite(mean) else math.inf
+
+    return min(entry.candidates, key=mean_score)

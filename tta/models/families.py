@@ -1,0 +1,320 @@
+"""Families of models: each makes a classifier of one kind of spec, with the preprocessing that its weights come with.
+
+The numbers are those of the weights' own metadata (timm's ``pretrained_cfg``, torchvision's ``weights.transforms()``,
+the image processor of the Hugging Face hub), so that no table here can go out of date.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import timm
+import torchvision
+from torch import Tensor, nn
+
+from tta import paths
+from tta.models import networks
+from tta.models.checkpoints import load_weights
+from tta.models.classifier import HALF, NO_MEAN, NO_STD, ImageClassifier
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a family is asked for.
+
+    Attributes:
+        spec: the whole of it, for messages.
+        name: what follows the family's prefix.
+        num_classes: of the classifier; None: as the weights have it.
+        fetch: whether the weights that the spec names are wanted, or an untrained network.
+    """
+
+    spec: str
+    name: str
+    num_classes: int | None
+    fetch: bool
+
+    @property
+    def classes(self) -> dict[str, Any]:
+        return {} if self.num_classes is None else {"num_classes": self.num_classes}
+
+    def check_classes(self, of_weights: int) -> None:
+        """Raise a ValueError where weights are wanted whose classifier has another number of classes."""
+        if self.fetch and self.num_classes not in (None, of_weights):
+            raise ValueError(
+                f"The weights of '{self.spec}' are for {of_weights} classes; num_classes={self.num_classes} would leave "
+                "the classifier untrained. Give checkpoint=PATH for weights with that many, or leave num_classes out."
+            )
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the choice most like ``word``, or nothing where none is alike."""
+    match = difflib.get_close_matches(word, list(choices), n=1)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+# ---------------------------------------------------------------------- timm
+
+
+def from_timm(request: Request) -> ImageClassifier:
+    """Any classifier of timm."""
+    architecture, _, tag = request.name.partition(".")
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no model '{request.name}'.{nearest(architecture, timm.list_models())}")
+    known = timm.list_models(f"{architecture}.*", pretrained=True)
+    tags = [name.partition(".")[2] for name in known]
+    if tag and tag not in tags:
+        there = f"There are: {', '.join(tags)}." if tags else "It has none."
+        raise ValueError(f"'timm:{architecture}' has no weights '{tag}'.{nearest(tag, tags)} {there}")
+    if request.fetch and not known and architecture in timm.list_models():
+        raise ValueError(
+            f"'{request.spec}' has no published weights: give checkpoint=PATH, or pretrained=False for an untrained one."
+        )
+    published = timm.models.get_pretrained_cfg(request.name)
+    if published is not None and published.num_classes:
+        request.check_classes(published.num_classes)
+    network: Any = timm.create_model(request.name, pretrained=request.fetch, **request.classes)
+    if not network.num_classes:
+        raise ValueError(
+            f"'{request.spec}' is published without a classifier: give num_classes=K and checkpoint=PATH of one trained "
+            "on its features."
+        )
+    cfg = timm.data.resolve_model_data_config(network)
+    spec = f"timm:{architecture}.{network.pretrained_cfg['tag']}" if request.fetch else request.spec
+    height, width = cfg["input_size"][1:]
+    return ImageClassifier(
+        network,
+        cfg["mean"],
+        cfg["std"],
+        spec,  # with the tag: which weights a name alone means has changed between releases
+        (height, width),
+        interpolation=cfg["interpolation"],
+        resize=math.floor(min(height, width) / cfg["crop_pct"]),
+        crop=cfg["crop_mode"],
+    )
+
+
+# ---------------------------------------------------------------------- torchvision
+
+
+def from_torchvision(request: Request) -> ImageClassifier:
+    """Any classifier of torchvision."""
+    name, _, tag = request.name.partition("/")
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ValueError(f"torchvision has no classifier '{name}'.{nearest(name, known)}")
+    published = torchvision.models.get_model_weights(name)
+    tags = [weights.name for weights in published]
+    if tag and tag not in published.__members__:
+        raise ValueError(f"'{name}' has no weights '{tag}'.{nearest(tag, tags)} There are: {', '.join(tags)}.")
+    if request.fetch and not tag:
+        specs = " or ".join(f"torchvision:{name}/{known_tag}" for known_tag in tags)
+        raise ValueError(
+            f"'{request.spec}' names no weights: say {specs}, give checkpoint=PATH, or pretrained=False for an untrained "
+            "one."
+        )
+    weights = published[tag or "DEFAULT"]
+    request.check_classes(len(weights.meta["categories"]))
+    network = torchvision.models.get_model(name, weights=weights if request.fetch else None, **request.classes)
+    transforms = weights.transforms()
+    metrics = weights.meta.get("_metrics", {}).get("ImageNet-1K", {})
+    return ImageClassifier(
+        network,
+        transforms.mean,
+        transforms.std,
+        f"torchvision:{name}/{weights.name}" if tag else request.spec,
+        transforms.crop_size * 2,
+        interpolation=transforms.interpolation.value,
+        resize=transforms.resize_size[0],
+        crop="center",
+        clean_error=round(100 - metrics["acc@1"], 3) if request.fetch and metrics else None,
+    )
+
+
+# ---------------------------------------------------------------------- Hugging Face
+
+
+PIL_NUMBERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as processors of images save them
+
+
+class Logits(nn.Module):
+    """A classifier of transformers, whose output is an object, as one that returns its logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(pixel_values=x).logits
+
+
+def from_huggingface(request: Request) -> ImageClassifier:
+    """An image classifier of the Hugging Face hub, or a folder where one was saved."""
+    try:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    except ImportError:
+        raise ModuleNotFoundError(f"'{request.spec}' needs transformers: pip install 'tta-toolkit[hf]'.") from None
+    name = request.name
+    try:
+        config = AutoConfig.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"'{request.spec}' cannot be loaded: {str(error).splitlines()[0]}") from None
+    request.check_classes(config.num_labels)
+    if request.fetch:
+        network, found = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(
+                f"'{request.spec}' is published without weights for {', '.join(sorted(found['missing_keys'])[:5])}: it is "
+                "no trained classifier. Give checkpoint=PATH of one."
+            )
+    else:
+        if request.num_classes is not None:
+            config.num_labels = request.num_classes
+        network = AutoModelForImageClassification.from_config(config)
+    mean, std = _processor_normalisation(processor)
+    return ImageClassifier(Logits(network), mean, std, request.spec, **_processor_geometry(processor))
+
+
+def _processor_normalisation(processor: Any) -> tuple[list[float], list[float]]:
+    """Mean and std that do to images in [0, 1] what an image processor does to images in [0, 255]."""
+    scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
+    offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
+    mean, std = [0.0] * 3, [1.0] * 3
+    if getattr(processor, "do_normalize", True):
+        mean, std = list(processor.image_mean), list(processor.image_std)
+    again = std if getattr(processor, "include_top", False) else [1.0] * 3  # EfficientNet's divides by std once more
+    return [(m + offset) / scale for m in mean], [s * t / scale for s, t in zip(std, again, strict=True)]
+
+
+def _processor_geometry(processor: Any) -> dict[str, Any]:
+    """Input size, interpolation, resize and crop of an image processor."""
+
+    def side(of: str, key: str) -> int | None:
+        sizes = getattr(processor, of, None) or {}
+        return sizes.get(key) if hasattr(sizes, "get") else getattr(sizes, key, None)
+
+    edge, height, width = side("size", "shortest_edge"), side("size", "height"), side("size", "width")
+    share = getattr(processor, "crop_pct", None)
+    size: tuple[int | None, int | None] = edge or height, edge or width
+    resize, crop = edge or height, "center" if edge else "squash"
+    if edge and share:  # ConvNeXt's: below 384 pixels a central crop, else the whole image
+        resize, crop = (int(edge / share), "center") if edge < 384 else (edge, "squash")
+    elif getattr(processor, "do_center_crop", False) and side("crop_size", "height"):
+        size, crop = (side("crop_size", "height"), side("crop_size", "width")), "center"
+    resample: Any = getattr(processor, "resample", None)
+    interpolation = PIL_NUMBERS.get(resample) or getattr(resample, "value", resample)
+    return {
+        "input_size": None if None in size else size,
+        "interpolation": interpolation,
+        "resize": resize,
+        "crop": crop,
+    }
+
+
+# ---------------------------------------------------------------------- RobustBench
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights of RobustBench's corruptions leader board.
+
+    Attributes:
+        make: the network, given its number of classes.
+        mean: of images in [0, 1].
+        std: likewise.
+        drive: the file's number on Google Drive, which has no other address and no published checksum.
+        clean_error: % of the clean test set, from RobustBench's ``model_info``; None where that has none of these weights.
+    """
+
+    make: Callable[[int], nn.Module]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    drive: str
+    clean_error: float | None
+
+
+def _wide(depth: int, width: int) -> Callable[[int], nn.Module]:
+    return lambda num_classes: networks.WideResNet(depth, width, num_classes)
+
+
+AUGMIX = "Hendrycks2020AugMix_WRN", "Hendrycks2020AugMix_ResNeXt"
+ROBUSTBENCH = {
+    "cifar10/Standard": Published(_wide(28, 10), NO_MEAN, NO_STD, "1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC", 5.22),
+    f"cifar10/{AUGMIX[0]}": Published(_wide(40, 2), HALF, HALF, "1wy7gSRsUZzCzj8QhmTbcnwmES_2kkNph", None),
+    f"cifar10/{AUGMIX[1]}": Published(networks.CifarResNeXt, HALF, HALF, "1uGP3nZbL3LC160kOsxwkkt6tDd4qbZT1", None),
+    f"cifar100/{AUGMIX[0]}": Published(_wide(40, 2), HALF, HALF, "1XpFFdCdU9LcDtcyNfo6_BV1RZHKKkBVE", 23.72),
+    f"cifar100/{AUGMIX[1]}": Published(networks.CifarResNeXt, HALF, HALF, "1ocnHbvDdOBLvgNr6K7vEYL08hUdkD1Rv", 21.10),
+}
+
+
+def from_robustbench(request: Request) -> ImageClassifier:
+    """RobustBench's networks for CIFAR-C; the package itself is not needed."""
+    of = "cifar100" if request.num_classes == 100 else "cifar10"
+    name = request.name if "/" in request.name else f"{of}/{request.name}"
+    if name not in ROBUSTBENCH:
+        raise ValueError(
+            f"No model 'robustbench:{name}' here.{nearest(name, ROBUSTBENCH)} There are: {', '.join(ROBUSTBENCH)}. "
+            "RobustBench's ImageNet models are torchvision's: torchvision:resnet50 with checkpoint=PATH."
+        )
+    published, (dataset, _, entry) = ROBUSTBENCH[name], name.partition("/")
+    classes = int(dataset.removeprefix("cifar"))
+    request.check_classes(classes)
+    network = published.make(request.num_classes or classes)
+    if request.fetch:
+        file = paths.data_root() / "models" / dataset / "corruptions" / f"{entry}.pt"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"No weights of 'robustbench:{name}' at '{file}'. Give checkpoint=PATH, or put there the file that "
+                f"RobustBench publishes on Google Drive, https://drive.google.com/uc?id={published.drive}."
+            )
+        load_weights(network, file)
+    clean_error = published.clean_error if request.num_classes in (None, classes) else None
+    return ImageClassifier(
+        network, published.mean, published.std, f"robustbench:{name}", (32, 32), clean_error=clean_error
+    )
+
+
+# ---------------------------------------------------------------------- a function of the user's
+
+
+def from_function(module: str, request: Request) -> ImageClassifier:
+    """What a function of an importable module returns: a network that takes images in [0, 1]."""
+    found = getattr(import_module(module), request.name, None)
+    if not callable(found):
+        choices = [name for name, value in vars(import_module(module)).items() if callable(value)]
+        raise ValueError(f"Module '{module}' has no function '{request.name}'.{nearest(request.name, choices)}")
+    network = found(**request.classes)
+    if isinstance(network, ImageClassifier):
+        return network
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"'{request.spec}' returned {type(network).__name__}; expected a torch.nn.Module.")
+    return ImageClassifier(network, NO_MEAN, NO_STD, request.spec, None)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of spec: what makes its models, how the spec is written, and what it is in a line."""
+
+    make: Callable[[Request], ImageClassifier]
+    form: str
+    line: str
+
+
+FAMILIES = {
+    "timm": Family(from_timm, "timm:NAME[.TAG]", "any classifier of timm, with the weights of that tag"),
+    "torchvision": Family(
+        from_torchvision,
+        "torchvision:NAME[/WEIGHTS]",
+        "any classifier of torchvision, such as torchvision:resnet50/IMAGENET1K_V1",
+    ),
+    "hf": Family(from_huggingface, "hf:NAME", "an image classifier of the Hugging Face hub, or a folder with one"),
+    "robustbench": Family(
+        from_robustbench,
+        "robustbench:[cifar100/]NAME",
+        f"{', '.join(['Standard', *AUGMIX])}: weights in TTA_DATA, or checkpoint=PATH",
+    ),
+}

@@ -1,0 +1,52 @@
+"""The progress bar of the engine."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tta.datasets.stream import Stream
+
+
+class OnlineProgress(ProgressBar):
+    """A progress bar with the domain, the online error so far and images/s, refreshed at most 4 times a second."""
+
+    REFRESH_SECONDS = 0.25
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[status]}"), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+        self._bar.start()
+        self._task = self._bar.add_task("starting", total=len(self._stream), status="")
+        self._started = self._refreshed = time.perf_counter()
+        self._images = 0
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._images += len(batch.images)
+        now = time.perf_counter()
+        if now - self._refreshed < self.REFRESH_SECONDS:
+            return
+        self._refreshed = now
+        wrong, known = pl_module.wrong_and_known()
+        error = f"{100 * wrong / known:.1f} %" if known else "-"
+        self._bar.update(
+            self._task,
+            completed=batch_idx + 1,
+            description=self._stream.domains[int(batch.domain[0])].name,
+            status=f"online error {error}, {self._images / (now - self._started):.0f} images/s",
+            refresh=True,
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.stop()

@@ -1,0 +1,5 @@
+"""Reports: results side by side as tables, pictures and an HTML page."""
+
+from tta.report.comparison import Comparison, compare
+
+__all__ = ["Comparison", "compare", "figures", "page", "schedule", "tables"]

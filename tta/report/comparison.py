@@ -1,0 +1,436 @@
+"""Tables of results: domains and their mean, the difference to a baseline with its interval; terminal, papers, files."""
+
+import html
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from tta.report import tables
+from tta.results import Interval, Result, compare_errors
+
+if TYPE_CHECKING:
+    import pandas
+
+BASELINE = "source"
+MEAN = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run in a comparison.
+
+    Attributes:
+        label: the method, and whatever of its configuration tells it from other runs of the method.
+        settings: those in which the runs compared differ (stream, seed, reset ...).
+        result: what it found.
+        difference: of its mean error to the baseline's, percentage points; None for the baseline or where it has none.
+        interval: of that difference; None without predictions.
+    """
+
+    label: str
+    settings: Mapping[str, str]
+    result: Result
+    difference: float | None
+    interval: Interval | None
+
+    def versus(self) -> str:
+        """The difference with its interval: ``-12.3 [-13.1, -11.5]``."""
+        if self.difference is None:
+            return "-"
+        if self.interval is None:
+            return tables.signed(self.difference)
+        return f"{tables.signed(self.difference)} [{tables.signed(self.interval.low)}, {tables.signed(self.interval.high)}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs on the same stream with the same seed and source model: the ones whose errors may be set side by side.
+
+    Attributes:
+        settings: what all of them share.
+        domains: in stream order.
+        runs: the baseline first.
+    """
+
+    settings: Mapping[str, str]
+    domains: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+    def best(self, column: str) -> str | None:
+        """The lowest error in a column as the tables show it; None where there is nothing to choose from."""
+        values = [value for run in self.runs if (value := _error(run, column)) is not None]
+        return tables.number(min(values)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs side by side: error per domain, their mean, the difference to a baseline. Print it, or write it as a table.
+
+    Runs on different streams, seeds or source models are kept apart: no number in it is an average over runs.
+
+    Attributes:
+        groups: runs that may be compared with one another.
+        baseline: method or label that the others are compared with; None where it is not among the results.
+        varying: names of the settings in which the runs differ.
+        notes: what a reader of the table has to know.
+        metrics: shown beside the errors, by their names in :attr:`tta.Result.metrics`.
+    """
+
+    groups: tuple[Group, ...]
+    baseline: str | None
+    varying: tuple[str, ...]
+    notes: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, group by group."""
+        return tuple(run for group in self.groups for run in group.runs)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """All domains in stream order, those of later groups behind those of the first."""
+        return tuple(dict.fromkeys(domain for group in self.groups for domain in group.domains))
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """A pandas table with unrounded numbers: a row a run; method, settings, domains, mean, difference, seconds."""
+        import pandas  # half a second, which a terminal table need not wait for
+
+        return pandas.DataFrame(self._records(), columns=self._header())
+
+    def to_csv(self) -> str:
+        """The table of :meth:`to_frame` as CSV, for other programs: unrounded, an empty cell where there is no value."""
+        return self.to_frame().to_csv(index=False, lineterminator="\n")
+
+    def to_markdown(self) -> str:
+        """A Markdown table, rows are methods; the lowest error of a column is bold."""
+        align = (
+            [":--"] * (len(self.varying) + 1)
+            + ["--:"] * (len(self.domains) + 1)
+            + [":--"] * (self.baseline is not None)
+            + ["--:"] * len(self.metrics)
+        )
+        rows = [row for group in self.groups for row in self._rows(group, "**{}**".format)]
+        lines = [tables.markdown_row(row) for row in [self._short_header(), align, *rows]]
+        return "\n".join([*lines, "", *self.notes]).strip() + "\n"
+
+    def to_html(self) -> str:
+        """An HTML table, rows are methods; the lowest error of a column is bold."""
+        import pandas
+
+        rows = [row for group in self.groups for row in self._rows(group, "<b>{}</b>".format, html.escape)]
+        table = pandas.DataFrame(rows, columns=[html.escape(name) for name in self._short_header()])
+        notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
+        text = table.to_html(index=False, escape=False, border=0, classes="tta")
+        return f'<div class="wide">{text}</div>\n{notes}'
+
+    def to_latex(self) -> str:
+        """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""
+        columns = "l" * (len(self.varying) + 1) + "r" * (len(self.domains) + 1) + "l" * (self.baseline is not None)
+        columns += "r" * len(self.metrics)
+        blocks = [
+            "\n".join(tables.latex_row(row) for row in self._rows(group, "\\textbf{{{}}}".format, tables.latex))
+            for group in self.groups
+        ]
+        return "\n".join(
+            [
+                *(f"% {note}" for note in self.notes),
+                f"\\begin{{tabular}}{{{columns}}}",
+                "\\toprule",
+                tables.latex_row([tables.latex(name) for name in self._short_header()]),
+                "\\midrule",
+                "\n\\midrule\n".join(blocks),
+                "\\bottomrule",
+                "\\end{tabular}",
+                "",
+            ]
+        )
+
+    def to_text(self, width: int = 100) -> str:
+        """The table as the terminal shows it, without colours."""
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+    def format(self, kind: str) -> str:
+        """The table as text.
+
+        Args:
+            kind: ``terminal``, ``markdown``, ``latex``, ``csv`` or ``html``.
+
+        Raises:
+            ValueError: another kind.
+        """
+        if kind not in FORMATS:
+            raise ValueError(f"No table format '{kind}'. There are: {', '.join(FORMATS)}.")
+        return FORMATS[kind](self)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for group in self.groups:
+            title = " · ".join(
+                f"{name} {value}" if name != "stream" else value for name, value in group.settings.items()
+            )
+            yield Text(f"Online error in %: {title}", style="bold")
+            yield from self._tables(group, options.max_width)
+        for note in self.notes:
+            yield Text(note, style="dim")
+
+    def _tables(self, group: Group, width: int) -> Iterator[Table]:
+        """Domains down, runs across: fifteen domains fit any terminal. Runs that do not fit side by side go below."""
+        names = [*group.domains, MEAN, *self._versus_name(), "seconds", *self.metrics]
+        first = max(map(len, names))
+        room = width - first - 4
+        heads = [_heading(run, self.varying, group) for run in group.runs]
+        words = max(len(word) for head in heads for line in head.splitlines() for word in line.split())
+        # The interval takes one line, two or three, whichever lets all runs stand side by side.
+        sizes = sorted({max(size, min(words, 20)) for size in (8, 14, max(len(run.versus()) for run in group.runs))})
+        fitting = [size for size in sizes if (size + 2) * len(group.runs) <= room]
+        size = fitting[-1] if fitting else sizes[0]
+        across = max(1, room // (size + 2))
+        for start in range(0, len(group.runs), across):
+            runs = group.runs[start : start + across]
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+            table.add_column("domain", no_wrap=True, width=first)
+            for head in heads[start : start + across]:
+                table.add_column(Text(head, justify="right"), justify="right", width=size, overflow="fold")
+            for domain in group.domains:
+                table.add_row(domain, *(_cell(run, domain, group) for run in runs))
+            table.add_section()
+            table.add_row(Text(MEAN, style="bold"), *(_cell(run, MEAN, group) for run in runs))
+            for name in self._versus_name():
+                table.add_row(name, *(Text(run.versus()) for run in runs))
+            table.add_row("seconds", *(f"{run.result.seconds:.1f}" for run in runs))
+            for name in self.metrics:
+                table.add_row(name, *(_metric(run.result, name) for run in runs))
+            yield table
+
+    def _versus_name(self) -> list[str]:
+        return [f"vs {self.baseline}"] if self.baseline else []
+
+    def _rows(self, group: Group, bold: Callable[[str], str], quote: Callable[[str], str] = str) -> Iterator[list[str]]:
+        for run in group.runs:
+            errors = [_shown(run, column, group, bold) for column in (*self.domains, MEAN)]
+            names = map(quote, [*run.settings.values(), run.label])
+            metrics = [_metric(run.result, name) for name in self.metrics]
+            yield [*names, *errors, *([run.versus()] if self.baseline else []), *metrics]
+
+    def _short_header(self) -> list[str]:
+        return [*self.varying, "method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
+
+    def _header(self) -> list[str]:
+        interval = ["difference", "low", "high"] if self.baseline else []
+        return [*self.varying, "method", *self.domains, MEAN, *interval, "seconds", *self.metrics]
+
+    def _records(self) -> list[list[Any]]:
+        records = []
+        for run in self.runs:
+            low, high = (run.interval.low, run.interval.high) if run.interval else (None, None)
+            interval = [run.difference, low, high] if self.baseline else []
+            errors = [_error(run, column) for column in (*self.domains, MEAN)]
+            metrics = [run.result.metric(name) for name in self.metrics]
+            records.append([*run.settings.values(), run.label, *errors, *interval, run.result.seconds, *metrics])
+        return records
+
+
+FORMATS: dict[str, Callable[[Comparison], str]] = {
+    "terminal": Comparison.to_text,
+    "markdown": Comparison.to_markdown,
+    "latex": Comparison.to_latex,
+    "csv": Comparison.to_csv,
+    "html": Comparison.to_html,
+}
+
+
+def compare(results: Iterable[Result], baseline: str | None = None, *, metrics: Sequence[str] = ()) -> Comparison:
+    """Results side by side, each with its difference to a baseline and a paired bootstrap interval.
+
+    A run is compared with the baseline's run on the same stream, seed and source model, over the images both predicted
+    (:func:`tta.results.intervals.compare_errors`); where there are several, with the one whose other settings are most alike.
+
+    Args:
+        results: made by :func:`tta.evaluate` or read by :func:`tta.results.find_results`.
+        baseline: a method, or a run's label as the table shows it. Left out: ``source``, if it is among the results.
+        metrics: shown beside the errors, by their names in :attr:`tta.Result.metrics`: ``"ece"``, ``"forwards_per_image"``,
+            with dots ``"collapse.last.class_entropy"``.
+
+    Raises:
+        ValueError: no results, none of the baseline, or a metric that none of them has.
+    """
+    results = list(results)
+    if not results:
+        raise ValueError("Nothing to compare: got no results.")
+    for name in metrics:
+        if all(result.metric(name) is None for result in results):
+            known = dict.fromkeys(key for result in results for key in _numbers(result))
+            raise ValueError(f"No result has a metric '{name}'. There are: {', '.join(known) or 'none'}.")
+    settings = [_settings(result) for result in results]
+    names = dict.fromkeys(name for one in settings for name in one)
+    varying = tuple(name for name in names if len({one.get(name) for one in settings}) > 1)
+    places = [tuple(one.get(name, "-") for name in varying) for one in settings]
+    labels = _labels(results, places)
+    if baseline is None:
+        baseline = BASELINE if any(result.method == BASELINE for result in results) else None
+    elif not any(baseline in (result.method, label) for result, label in zip(results, labels, strict=True)):
+        raise ValueError(f"No result of the baseline '{baseline}'. There are: {', '.join(dict.fromkeys(labels))}.")
+
+    members: dict[str, list[int]] = {}
+    for number, result in enumerate(results):
+        members.setdefault(_comparable(result), []).append(number)
+    groups, remarks = [], dict[str, None]()
+    for numbers in members.values():
+        bases = [n for n in numbers if baseline in (results[n].method, labels[n])]
+        runs = []
+        for n in sorted(numbers, key=lambda n: n not in bases):
+            nearest = min(bases, key=lambda base: _distance(settings[base], settings[n]), default=n)
+            difference, interval, remark = None, None, None
+            if n not in bases and nearest != n:
+                difference, interval, remark = _difference(results[nearest], results[n])
+            if remark:
+                remarks[remark] = None
+            named = dict(zip(varying, places[n], strict=True))
+            run = Run(label=labels[n], settings=named, result=results[n], difference=difference, interval=interval)
+            runs.append(run)
+        same = {k: v for k, v in settings[numbers[0]].items() if all(settings[n].get(k) == v for n in numbers)}
+        domains = dict.fromkeys(row.domain for run in runs for row in run.result.rows)
+        if any(len(run.result.rows) < len(domains) for run in runs):
+            remarks["The domains differ between runs: each mean is over the run's own."] = None
+        groups.append(Group(settings=same, domains=tuple(domains), runs=tuple(runs)))
+    notes = [*_notes(baseline, [run for group in groups for run in group.runs], varying), *remarks]
+    return Comparison(
+        groups=tuple(groups), baseline=baseline, varying=varying, notes=tuple(notes), metrics=tuple(metrics)
+    )
+
+
+# ---------------------------------------------------------------------- what the runs are
+
+
+def _settings(result: Result) -> dict[str, str]:
+    """What a reader has to know of a run beside its method, as far as its manifest tells."""
+    data, model = _part(result.manifest, "data"), _part(result.manifest, "model")
+    found = {
+        "stream": result.stream,
+        **_stream_settings(result),
+        "seed": result.seed,
+        "reset": result.reset,
+        "protocol": data.get("protocol"),
+        "batch_size": data.get("batch_size"),
+        "model": model.get("spec"),
+        "weights": str(model["weights"])[:8] if model.get("weights") else None,
+        "precision": result.manifest.get("precision"),
+    }
+    return {name: str(value) for name, value in found.items() if isinstance(value, (str, int, float))}
+
+
+def _stream_settings(result: Result) -> dict[str, Any]:
+    """How the stream was asked for; where its files lie makes no difference."""
+    settings = _part(_part(result.manifest, "data"), "settings")
+    return {name: value for name, value in settings.items() if name != "root"}
+
+
+def _part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = manifest.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _comparable(result: Result) -> str:
+    """The same text for results whose errors may be set side by side."""
+    settings = _settings(result)
+    images = {name: settings.get(name) for name in (*_stream_settings(result), "stream", "seed")}
+    source = {name: settings.get(name) for name in ("model", "weights")}
+    return json.dumps([images, source], sort_keys=True)
+
+
+def _distance(a: Mapping[str, str], b: Mapping[str, str]) -> int:
+    return sum(a.get(name) != b.get(name) for name in {*a, *b})
+
+
+def _labels(results: Sequence[Result], places: Sequence[tuple[str, ...]]) -> list[str]:
+    """The method, what of its configuration differs between its runs, and a number where that does not tell them apart."""
+    labels: list[str] = []
+    seen: dict[tuple[Any, ...], int] = {}
+    for result, place in zip(results, places, strict=True):
+        configs = [other.config for other in results if other.method == result.method]
+        keys = dict.fromkeys(key for config in configs for key in config)
+        differing = [k for k in keys if len({json.dumps(c.get(k), sort_keys=True) for c in configs}) > 1]
+        words = [result.method, *(f"{key}={result.config[key]}" for key in differing if key in result.config)]
+        key = (place, *words)
+        number = seen[key] = seen.get(key, 0) + 1
+        labels.append(" ".join(words + [f"({number})"] * (number > 1)))
+    return labels
+
+
+def _difference(base: Result, other: Result) -> tuple[float | None, Interval | None, str | None]:
+    """Difference of mean error, its interval, and what a reader has to know of them."""
+    if base.predictions is None or other.predictions is None:
+        if base.errors.keys() != other.errors.keys():
+            return None, None, "No difference where a run has other domains and its predictions are not at hand."
+        return other.mean_error - base.mean_error, None, "No interval where predictions are not at hand."
+    try:
+        interval = compare_errors(base, other)
+    except ValueError as error:
+        return None, None, f"No difference for {other.method}: {error}"
+    partial = abs(interval.estimate - (other.mean_error - base.mean_error)) > 1e-6
+    remark = f"{other.method}: the difference is over the images that both runs predicted." if partial else None
+    return interval.estimate, interval, remark
+
+
+def _notes(baseline: str | None, runs: Sequence[Run], varying: Sequence[str]) -> Iterator[str]:
+    if any(run.interval for run in runs):
+        yield (
+            f"vs {baseline}: difference of the mean error in percentage points [95 % interval, paired bootstrap over images]."
+        )
+    if varying:
+        values = {name: dict.fromkeys(run.settings[name] for run in runs) for name in varying}
+        listed = "; ".join(f"{name} ({', '.join(found)})" for name, found in values.items())
+        yield f"Settings differ between runs: {listed}. No number is an average over runs."
+    for run in runs:
+        if count := run.result.skipped_updates:
+            yield f"{run.label}: {count} updates skipped, their loss or gradient was not finite."
+
+
+# ---------------------------------------------------------------------- cells
+
+
+def _error(run: Run, column: str) -> float | None:
+    """The error in a column (a domain, or the mean); None where there is none."""
+    value = run.result.mean_error if column == MEAN else run.result.errors.get(column)
+    return value if value is not None and value == value else None
+
+
+def _shown(run: Run, column: str, group: Group, bold: Callable[[str], str]) -> str:
+    value = _error(run, column)
+    text = "-" if value is None else tables.number(value)
+    # What is shown decides: two equal numbers of which one is bold would look like a mistake.
+    return bold(text) if value is not None and text == group.best(column) else text
+
+
+def _cell(run: Run, column: str, group: Group) -> Text:
+    best: list[str] = []
+    text = _shown(run, column, group, lambda text: best.append(text) or text)  # type: ignore[func-returns-value]
+    return Text(text, style="bold" if best else "")
+
+
+def _numbers(result: Result) -> list[str]:
+    return [name for name in result.metrics if result.metric(name) is not None]
+
+
+def _metric(result: Result, name: str) -> str:
+    value = result.metric(name)
+    return "-" if value is None else tables.measured(value)
+
+
+def _heading(run: Run, varying: Sequence[str], group: Group) -> str:
+    """The label, one setting a line; what all runs of the group share stands in the title instead."""
+    method, *config = run.label.split(" ")
+    return "\n".join([method, *config, *(f"{k}={run.settings[k]}" for k in varying if k not in group.settings)])

@@ -1,0 +1,345 @@
+"""Pictures of results: error over the stream, by domain, against cost, calibration, hyper-parameters. Extra ``plot``."""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tta.report import tables
+from tta.report.comparison import Run, compare
+from tta.report.schedule import new_figure
+from tta.results import Result
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+# Okabe and Ito's palette, told apart by colour-blind readers too; yellow is left out, which white paper swallows.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+BINS = 15  # of the confidence, as the expected calibration error has them
+UNTOLD = ("seed", "weights")  # runs that differ in these alone are averaged
+TOLD_FIRST = ("stream", "protocol", "model")  # and no other where these tell the runs of a method apart
+
+
+def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
+    """Online error over the stream, a line a method; domains are bounded by lines where all runs meet the same ones.
+
+    Args:
+        results: runs with their predictions; those that differ in the seed alone are averaged.
+        window: batches that a point is the mean of, the last so many of the domain; left out, a fortieth of the stream.
+
+    Raises:
+        ValueError: no results, or results without predictions.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    runs = grouped(results)
+    figure = new_figure((10, _height(runs)))
+    axes = figure.subplots()
+    curves_of = {label: [result.curves for result in members] for label, members in runs.items()}
+    bounds = _bounds([one for curves in curves_of.values() for one in curves])
+    for (label, curves), style in zip(curves_of.items(), _styles(), strict=False):
+        ends = [end for end, _ in bounds]
+        lines = [_running(one, ends, window or math.ceil(len(one) / 40)) for one in curves]
+        shortest = min(map(len, lines))
+        arrived = np.cumsum(curves[0]["samples"].to_numpy())[:shortest]
+        axes.plot(arrived, np.nanmean([line[:shortest] for line in lines], 0), label=label, linewidth=1.3, **style)
+    _draw_bounds(axes, bounds)
+    axes.set(xlabel="images", ylabel="online error, %", ylim=(0, None))
+    axes.margins(x=0)
+    _tidy(axes)
+    _legend(axes, len(runs))
+    return figure
+
+
+def heatmap(results: Iterable[Result]) -> "Figure":
+    """Error of each method in each domain, methods sorted by their mean error.
+
+    Raises:
+        ValueError: no results.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    runs = grouped(results)
+    means = {label: _mean(members) for label, members in runs.items()}
+    names = sorted(runs, key=lambda label: (math.isnan(means[label]), means[label]))
+    domains = list(dict.fromkeys(row.domain for members in runs.values() for result in members for row in result.rows))
+    table = np.array([[_mean(runs[name], domain) for domain in domains] + [means[name]] for name in names])
+    figure = new_figure((2.2 + 0.52 * table.shape[1], 1.4 + 0.3 * len(names)))
+    axes = figure.subplots()
+    _cells(axes, table, names, [*tables.shortened(domains), "mean"], tables.number)
+    axes.axvline(len(domains) - 0.5, color="white", linewidth=4)
+    axes.set_title("online error, %", fontsize=9, loc="left")
+    return figure
+
+
+def pareto(results: Iterable[Result], *, cost: str = "passes") -> "Figure":
+    """Mean error against cost, a numbered point a method; none is better in both than those on the line.
+
+    Args:
+        results: those that differ in the seed alone are averaged.
+        cost: ``"passes"``, forward and backward passes an image; ``"seconds"`` an image, of the machine that ran them; or
+            a metric of :attr:`tta.Result.metrics`, such as ``"peak_memory_mb"``.
+
+    Raises:
+        ValueError: no results, or none with that cost.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    runs = grouped(results)
+    found = {
+        label: (_mean_of(_cost(result, cost) for result in members), _mean(members)) for label, members in runs.items()
+    }
+    points = {label: point for label, point in found.items() if not math.isnan(sum(point))}
+    if not points:
+        raise ValueError(f"No result has the cost '{cost}': 'passes', 'seconds', or a metric such as 'peak_memory_mb'.")
+    names = sorted(points, key=lambda label: points[label][1])
+    figure = new_figure((9, _height(names)))
+    axes = figure.subplots()
+    for number, (label, style) in enumerate(zip(names, _styles(), strict=False), start=1):
+        x, y = points[label]
+        axes.plot(x, y, "o", markersize=13, color=style["color"], markeredgecolor="white")
+        axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=7, color="white")
+        axes.plot([], [], "o", color=style["color"], label=f"{number}  {label}  {tables.number(y)}")
+    front = np.array(_front(list(points.values())))
+    axes.step(front[:, 0], front[:, 1], where="post", color="0.6", linewidth=1, zorder=0)
+    words = {"passes": "forward and backward passes an image", "seconds": "seconds an image"}
+    axes.set(xscale="log", xlabel=words.get(cost, cost.replace("_", " ")), ylabel="mean online error, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    _tidy(axes)
+    _legend(axes, len(names))
+    return figure
+
+
+def calibration(results: Iterable[Result]) -> "Figure":
+    """Accuracy of predictions by their confidence, in 15 bins of equal width; on the diagonal the two are equal.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. Bins of fewer than 10 predictions are left out.
+
+    Raises:
+        ValueError: no results, or results without predictions.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    runs = grouped(results)
+    figure = new_figure((7.5, _height(runs) + 1.5))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    above.plot([0, 100], [0, 100], color="0.7", linewidth=1, zorder=0)
+    for (label, members), style in zip(runs.items(), _styles(), strict=False):
+        confidence, accuracy, count = reliability(members)
+        sound = count >= 10
+        ece = float((count * np.abs(np.nan_to_num(accuracy - confidence))).sum() / max(1, count.sum()))
+        above.plot(confidence[sound], accuracy[sound], label=f"{label}  (ECE {ece:.1f} %)", linewidth=1.3, **style)
+        below.stairs(100 * count / max(1, count.sum()), np.linspace(0, 100, BINS + 1), **style)
+    above.set(ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
+    below.set(xlabel="confidence, %", ylabel="share, %")
+    _tidy(above)
+    _tidy(below)
+    _legend(above, len(runs))
+    return figure
+
+
+def grid(results: Iterable[Result]) -> "Figure":
+    """Mean error by learning rate and steps: a field of cells a method that ran with several of either.
+
+    Streams, protocols and sets of domains have fields of their own: the validation corruptions of ``tta tune`` are not
+    averaged with those of the test.
+
+    Raises:
+        ValueError: no method ran with several learning rates or steps.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    fields: dict[tuple[str, ...], dict[tuple[float, int], list[Result]]] = {}
+    for result in results:
+        if "lr" in result.config and not result.manifest.get("oracle_steps"):
+            place = (float(result.config["lr"]), int(result.config.get("steps", 1)))
+            fields.setdefault(_field(result), {}).setdefault(place, []).append(result)
+    fields = {field: found for field, found in fields.items() if len(found) > 1}
+    if not fields:
+        raise ValueError(
+            "No method here ran with several learning rates or steps: give a benchmark a grid (`tta tune`)."
+        )
+    told = [n for n in range(1, 4) if len({field[n] for field in fields}) > 1]
+    rates, numbers = (sorted({place[n] for found in fields.values() for place in found}) for n in (0, 1))
+    across = min(4, len(fields))
+    down = math.ceil(len(fields) / across)
+    figure = new_figure((across * (1 + 0.65 * len(rates)), down * (1.1 + 0.2 * len(told) + 0.4 * len(numbers))))
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, (field, found) in zip(panels, fields.items(), strict=False):
+        table = np.array([[_mean(found.get((lr, int(steps)), [])) for lr in rates] for steps in numbers])
+        _cells(axes, table, [str(steps) for steps in numbers], [f"{lr:g}" for lr in rates], tables.number)
+        axes.set_title("\n".join([field[0], *(_first_of(field[n]) for n in told)]), fontsize=9, loc="left")
+        axes.set_xlabel("lr", fontsize=8)
+        axes.set_ylabel("steps", fontsize=8)
+    for axes in panels[len(fields) :]:
+        axes.set_axis_off()
+    return figure
+
+
+FIGURES: dict[str, Callable[[Iterable[Result]], "Figure"]] = {
+    "curve": curve,
+    "heatmap": heatmap,
+    "pareto": pareto,
+    "calibration": calibration,
+    "grid": grid,
+}
+
+
+def _field(result: Result) -> tuple[str, ...]:
+    """What may share a field of cells: method, stream, protocol and domains."""
+    domains = ", ".join(row.domain for row in result.rows)
+    return result.method, result.stream, str(result.manifest.get("data", {}).get("protocol")), domains
+
+
+def _first_of(names: str) -> str:
+    """A list of names by its first and how many follow: ``fog +14``."""
+    first, *others = names.split(", ")
+    return f"{first} +{len(others)}" if others else first
+
+
+def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by what tells them apart, in words; runs over several seeds share one entry.
+
+    Raises:
+        ValueError: no results.
+    """
+    of_label: dict[str, list[Run]] = {}
+    for run in compare(results).runs:
+        of_label.setdefault(run.label, []).append(run)
+    found: dict[str, list[Result]] = {}
+    for label, runs in of_label.items():
+        told: list[str] = []
+        for name in sorted(runs[0].settings, key=lambda name: name not in TOLD_FIRST):
+            if name not in UNTOLD and len(_places(runs, [*told, name])) > len(_places(runs, told)):
+                told.append(name)
+        for run in runs:
+            words = [run.settings[name] if name in TOLD_FIRST else f"{name} {run.settings[name]}" for name in told]
+            found.setdefault(" · ".join([label, *words]), []).append(run.result)
+    return found
+
+
+def _places(runs: Iterable[Run], names: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(run.settings[name] for name in names) for run in runs}
+
+
+def reliability(results: Sequence[Result]) -> tuple[Floats, Floats, Floats]:
+    """Mean confidence, accuracy (both in percent) and number of predictions in each of the bins of the confidence.
+
+    Raises:
+        ValueError: results without predictions, or of an earlier version.
+    """
+    if any(result.predictions is None for result in results):
+        raise ValueError("A calibration needs the predictions of a run, which are not at hand: run it with --out.")
+    kept = [result.predictions.select(result.predictions.known) for result in results if result.predictions]
+    confidence = np.concatenate([one.column("confidence") for one in kept]).astype(np.float64)
+    correct = np.concatenate([one.correct for one in kept])
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    count = np.bincount(bins, minlength=BINS).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        mean, accuracy = (100 * np.bincount(bins, values, BINS) / count for values in (confidence, correct))
+    return mean, accuracy, count
+
+
+def _mean(results: Iterable[Result], domain: str | None = None) -> float:
+    return _mean_of(result.mean_error if domain is None else result.errors.get(domain, math.nan) for result in results)
+
+
+def _mean_of(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _cost(result: Result, cost: str) -> float:
+    if cost == "passes":
+        parts = [result.metric("forwards_per_image"), result.metric("backwards_per_image")]
+        return math.nan if None in parts else math.fsum(part for part in parts if part is not None)
+    if cost == "seconds":
+        speed = result.metric("images_per_second")
+        return 1 / speed if speed else math.nan
+    value = result.metric(cost)
+    return math.nan if value is None else value
+
+
+def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points than which none is both cheaper and better, from the cheapest on."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def _bounds(curves: list["pandas.DataFrame"]) -> list[tuple[int, str]]:
+    """After how many images each domain ends; none where runs meet others, or so many that no picture can show them."""
+    orders = []
+    for one in curves:
+        arrived = zip(np.cumsum(one["samples"]).tolist(), one["domain"], strict=True)
+        orders.append([[*group][-1] for _, group in itertools.groupby(arrived, key=lambda pair: pair[1])])
+    same = all(order == orders[0] for order in orders)
+    return orders[0] if same and len(orders[0]) <= 40 else []
+
+
+def _running(curves: "pandas.DataFrame", ends: list[int], window: int) -> Floats:
+    """At each batch the error of the last ``window`` batches, none of them of a domain that has ended."""
+    error = curves["error"].to_numpy(dtype=np.float64)
+    samples = np.where(np.isnan(error), 0, curves["samples"].to_numpy(dtype=np.float64))
+    arrived = np.cumsum(curves["samples"].to_numpy())
+    domain = np.searchsorted(ends, arrived)
+    first = np.maximum(np.arange(len(error)) - window + 1, np.searchsorted(domain, domain))
+    sums = [np.concatenate([[0], np.cumsum(values)]) for values in (np.nan_to_num(error) * samples, samples)]
+    with np.errstate(invalid="ignore"):
+        wrong, count = (total[1:] - total[first] for total in sums)
+        return wrong / count
+
+
+def _draw_bounds(axes: "Axes", bounds: list[tuple[int, str]]) -> None:
+    """Lines between domains, and their names above."""
+    short = tables.shortened([name for _, name in bounds])
+    start = 0
+    for (end, _), name in zip(bounds, short, strict=True):
+        axes.axvline(end, color="0.85", linewidth=0.8, zorder=0)
+        axes.annotate(name, ((start + end) / 2, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                      fontsize=7, rotation=0 if len(short) <= 16 else 90)  # fmt: skip
+        start = end
+
+
+def _cells(axes: "Axes", table: Floats, rows: list[str], columns: list[str], write: Callable[[float], str]) -> None:
+    """A table as coloured cells with their numbers; dark is low, and no number means no run."""
+    low, high = np.nanmin(table), np.nanmax(table)
+    axes.imshow(table, cmap="cividis", vmin=low, vmax=max(high, low + 1e-9), aspect="auto")
+    for row, column in np.argwhere(~np.isnan(table)):
+        dark = (table[row, column] - low) / max(high - low, 1e-9) < 0.5
+        axes.text(column, row, write(table[row, column]), ha="center", va="center", fontsize=7,
+                  color="white" if dark else "black")  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns, fontsize=7)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _height(entries: Collection[Any]) -> float:
+    """Inches that a picture needs for so long a legend."""
+    return max(4.5, 0.18 * len(entries) + 0.6)
+
+
+def _styles() -> Iterable[dict[str, Any]]:
+    """Line styles without end, first those that differ most: each colour solid, then each dashed."""
+    return itertools.cycle({"color": colour, "linestyle": dash} for dash in DASHES for colour in PALETTE)
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.93", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", labelsize=8)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_fontsize(9)
+
+
+def _legend(axes: "Axes", entries: int) -> None:
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, ncols=1 + entries // 50,
+                handlelength=2.6)  # fmt: skip

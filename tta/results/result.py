@@ -1,0 +1,378 @@
+"""What a run found: errors per domain with the manifest of what would reproduce them, kept on disk and compared."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from tta.results import curves
+from tta.results.predictions import Predictions
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = 1
+KEYS = ("schema", "method", "stream", "seed", "reset", "rows", "config", "manifest", "seconds", "skipped_updates")
+MEASURED = ("images_per_second", "peak_memory_mb")  # metrics of the machine as much as of the run
+LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "scikit-learn", "tta-toolkit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Errors made in one domain. Counts, not rates: counts add up.
+
+    Attributes:
+        domain: its name.
+        samples: how many were scored; those of an unknown class are not.
+        errors: how many of them were wrong.
+    """
+
+    domain: str
+    samples: int
+    errors: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.errors <= self.samples:
+            raise ValueError(
+                f"Domain '{self.domain}': expected 0 <= errors <= samples; got {self.errors} errors and "
+                f"{self.samples} samples."
+            )
+
+    @property
+    def error(self) -> float:
+        """Online error in percent; NaN where no sample was scored."""
+        return 100.0 * self.errors / self.samples if self.samples else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result:
+    """What one run of a method on a stream found, with what would reproduce it.
+
+    ``config`` and ``manifest`` become plain JSON values: tuples turn into lists, NaN into None, infinities into text
+    (``"inf"``), objects without a JSON form into their ``repr``.
+
+    Attributes:
+        method: name of the method.
+        stream: name of the stream.
+        seed: of the stream's order and draws.
+        reset: ``never``, ``domain``, ``batch`` or ``N batches``.
+        rows: one a domain, in the order of their arrival.
+        config: the method's full configuration.
+        manifest: what would reproduce the run: model, data, order, precision, device, versions.
+        seconds: wall-clock time of the run, reading of images included.
+        skipped_updates: updates left out because a loss or gradient was not finite.
+        metrics: what else was measured, see :func:`tta.evaluate`; empty in results of earlier versions.
+        predictions: every single prediction; not compared, and saved beside the JSON.
+
+    Raises:
+        ValueError: a repeated domain, seconds that are no time, or predictions that give other counts than the rows.
+    """
+
+    method: str
+    stream: str
+    seed: int
+    reset: str
+    rows: tuple[Row, ...]
+    config: Mapping[str, Any] = field(hash=False)
+    manifest: Mapping[str, Any] = field(hash=False)
+    seconds: float
+    skipped_updates: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    predictions: Predictions | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        object.__setattr__(self, "config", _plain(self.config))
+        object.__setattr__(self, "manifest", _plain(self.manifest))
+        object.__setattr__(self, "metrics", _plain(self.metrics))
+        names = [row.domain for row in self.rows]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"A result has one row a domain; repeated: {', '.join(repeated)}.")
+        if not (math.isfinite(self.seconds) and self.seconds >= 0):
+            raise ValueError(f"seconds is a finite time, 0 or more; got {self.seconds}.")
+        if self.predictions is not None:
+            self._check(self.predictions)
+
+    def _check(self, predictions: Predictions) -> None:
+        if len(predictions) and not 0 <= predictions.domain.min() <= predictions.domain.max() < len(self.rows):
+            raise ValueError(f"predictions.domain is a position in the {len(self.rows)} rows; got others.")
+        scored = predictions.domain[predictions.known]
+        wrong = predictions.domain[predictions.known & ~predictions.correct]
+        samples, errors = (np.bincount(values, minlength=len(self.rows)) for values in (scored, wrong))
+        for row, n, e in zip(self.rows, samples, errors, strict=True):
+            if (row.samples, row.errors) != (n, e):
+                raise ValueError(
+                    f"Domain '{row.domain}': the row says {row.errors} errors in {row.samples} samples, the predictions "
+                    f"say {e} in {n}. They come from different runs."
+                )
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Online error of each domain in percent, in the order of their arrival."""
+        return {row.domain: row.error for row in self.rows}
+
+    @property
+    def mean_error(self) -> float:
+        """Mean online error in percent: the unweighted mean over domains, as the papers report.
+
+        A domain counts once, however many samples it has; one without scored samples does not count.
+        """
+        errors = [row.error for row in self.rows if row.samples]
+        return math.fsum(errors) / len(errors) if errors else math.nan
+
+    @property
+    def samples(self) -> int:
+        """Samples scored, over all domains."""
+        return sum(row.samples for row in self.rows)
+
+    def metric(self, name: str) -> float | None:
+        """A number of :attr:`metrics` by its dotted name, or ``samples``; None where there is none, or it is not defined."""
+        if name == "samples":
+            return self.samples
+        value: Any = self.metrics
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value if isinstance(value, (int, float)) else None
+
+    @property
+    def curves(self) -> "pandas.DataFrame":
+        """The run batch by batch, a row a batch; the columns are those of :func:`tta.results.curves.per_batch`.
+
+        Raises:
+            ValueError: the predictions are not at hand, or are of an earlier version.
+        """
+        import pandas  # half a second, which only who looks at curves need wait for
+
+        if self.predictions is None:
+            raise ValueError("Curves are computed from the predictions, which this result lacks: keep predictions.npz.")
+        return pandas.DataFrame(curves.per_batch(self.predictions, [row.domain for row in self.rows]))
+
+    def to_json(self) -> str:
+        """The result without its predictions as a JSON object; ``null`` stands for an undefined error."""
+        known = {
+            "schema": SCHEMA,
+            "method": self.method,
+            "stream": self.stream,
+            "seed": self.seed,
+            "reset": self.reset,
+            "mean_error": self.mean_error,
+            "errors": self.errors,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "skipped_updates": self.skipped_updates,
+            "metrics": self.metrics,
+            "rows": [{"domain": row.domain, "samples": row.samples, "errors": row.errors} for row in self.rows],
+            "config": self.config,
+            "manifest": self.manifest,
+        }
+        return json.dumps(_plain(known), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """The result that :meth:`to_json` wrote. Errors and their mean are computed anew from the counts.
+
+        Raises:
+            ValueError: not JSON, a missing key, or a schema that is newer than this version knows.
+        """
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Not a result: invalid JSON ({error}). The file may be cut off; run again.") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"Not a result: expected a JSON object, got {type(found).__name__}.")
+        schema = found.get("schema")
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise ValueError(
+                f"The result has schema {schema}, this version of tta-toolkit reads up to {SCHEMA}: upgrade to read it."
+            )
+        if missing := [key for key in KEYS if key not in found]:
+            raise ValueError(f"Not a result: missing key {', '.join(map(repr, missing))}.")
+        try:
+            rows = tuple(Row(**row) for row in found["rows"])
+        except TypeError as error:
+            raise ValueError(f"Not a result: a row has domain, samples and errors ({error}).") from None
+        fields = {key: found[key] for key in KEYS if key not in ("schema", "rows")}
+        return cls(rows=rows, metrics=found.get("metrics", {}), **fields)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``result.json``, and where there are predictions ``predictions.npz`` and ``curves.parquet``.
+
+        The curves are what :attr:`curves` computes from the predictions, for other programs. Each file appears whole or not at all, ``result.json`` last.
+
+        Args:
+            folder: made where it does not exist; a result that is there is replaced.
+
+        Returns:
+            The path of ``result.json``.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        arrays, table = target / "predictions.npz", target / "curves.parquet"
+        columns: dict[str, Any] = {} if self.predictions is None else dict(self.predictions.columns())
+        if columns:
+            _write(arrays, lambda stream: np.savez_compressed(stream, **columns))
+        else:
+            arrays.unlink(missing_ok=True)
+        if self.predictions is not None and columns.keys() >= set(curves.NEEDED):
+            by_batch = curves.per_batch(self.predictions, [row.domain for row in self.rows])
+            _write(table, lambda stream: curves.write_parquet(by_batch, stream))
+        else:
+            table.unlink(missing_ok=True)
+        text = self.to_json().encode()
+        return _write(target / "result.json", lambda stream: stream.write(text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Result":
+        """The result that :meth:`save` wrote, with its predictions where they lie beside it.
+
+        Args:
+            path: the folder, or the ``result.json`` in it.
+
+        Raises:
+            FileNotFoundError: no result there.
+            ValueError: not a result, see :meth:`from_json`, or predictions that are those of another run.
+        """
+        file = Path(path)
+        file = file / "result.json" if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"No result at {file}. Expected a folder that Result.save wrote, or its result.json."
+            )
+        try:
+            result = cls.from_json(file.read_text(encoding="utf-8"))
+            arrays = file.with_name("predictions.npz")
+            if not arrays.is_file():
+                return result
+            with np.load(arrays, allow_pickle=False) as columns:
+                predictions = Predictions(**{name: columns[name] for name in columns.files})
+            # Through the constructor again, which compares the counts with the rows.
+            return cls(
+                **{**{name: getattr(result, name) for name in cls.__dataclass_fields__}, "predictions": predictions}
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.method} on {self.stream}: mean error {self.mean_error:.1f} % over {len(self.rows)} domains"
+
+    def __repr__(self) -> str:
+        return (
+            f"Result(method={self.method!r}, stream={self.stream!r}, seed={self.seed}, reset={self.reset!r}, "
+            f"mean_error={self.mean_error:.2f}, domains={len(self.rows)}, samples={self.samples})"
+        )
+
+
+def find_results(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Result]:
+    """Every result below the folders given, each once, sorted by path within each.
+
+    Args:
+        paths: folders, or ``result.json`` files.
+
+    Raises:
+        FileNotFoundError: a path that does not exist or holds no result.
+        ValueError: a file that is not a result, named.
+    """
+    files: dict[Path, None] = {}
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        root = Path(path)
+        found = sorted(root.rglob("result.json")) if root.is_dir() else [root] if root.is_file() else []
+        if not found:
+            what = "holds no result.json" if root.exists() else "does not exist"
+            raise FileNotFoundError(f"{root} {what}. Expected what `tta run --out DIR` or Result.save wrote.")
+        files.update(dict.fromkeys(file.resolve() for file in found))
+    return [Result.load(file) for file in files]
+
+
+def differences(a: Result, b: Result) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two results differ, settings before errors, each with both values.
+
+    Names are paths into the JSON of a result, such as ``manifest.environment.torch``; None stands for a field that one
+    of them lacks. How long a run took is no difference.
+    """
+    first, second = (_flat(_described(result)) for result in (a, b))
+    return {
+        name: (first.get(name), second.get(name)) for name in {**first, **second} if first.get(name) != second.get(name)
+    }
+
+
+def _described(result: Result) -> dict[str, Any]:
+    """What a result says, each thing once: how it came about, then what it found."""
+    found = {"skipped_updates": result.skipped_updates, "mean_error": result.mean_error, "errors": result.errors}
+    metrics = {key: value for key, value in result.metrics.items() if key not in MEASURED}
+    settings = {key: getattr(result, key) for key in ("method", "stream", "seed", "reset", "config")}
+    rest = {key: value for key, value in result.manifest.items() if key not in settings}
+    return {**settings, "manifest": rest, **_plain(found), "metrics": metrics}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries and lists by their dotted paths."""
+    if not isinstance(value, (dict, list)):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for name, part in items for key, leaf in _flat(part, f"{path}.{name}".lstrip(".")).items()}
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the libraries, the platform, and the toolkit's git commit, for a manifest; never raises.
+
+    Returns:
+        ``python``, one key a library (None where not installed), ``platform``, ``commit``: None outside a checkout,
+        with ``-dirty`` behind it where tracked files differ.
+    """
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {**versions, "platform": platform.platform(), "commit": _commit(Path(__file__).resolve().parent.parent)}
+
+
+def _commit(root: Path) -> str | None:
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        # Without optional locks: runs side by side must not fight over the index.
+        quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=quiet, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it, and equal to what reading it back gives."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value) if isinstance(value, PurePath) else repr(value)
+
+
+def _write(file: Path, content: Callable[[BinaryIO], Any]) -> Path:
+    """Write a file so that it is never seen half written, not even after a crash."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as stream:
+            content(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+    return file

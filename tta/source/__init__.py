@@ -1,0 +1,19 @@
+"""The source domain: what a method may know of it, recorded once and saved."""
+
+from tta.source.kinds import Known, Need, layer_moments
+from tta.source.shift import ShiftNetwork, bounded
+from tta.source.statistics import BATCH_SIZE, EXPECTED, Entry, Source, SourceStatistics, known_from
+
+__all__ = [
+    "BATCH_SIZE",
+    "EXPECTED",
+    "Entry",
+    "Known",
+    "Need",
+    "ShiftNetwork",
+    "Source",
+    "SourceStatistics",
+    "bounded",
+    "known_from",
+    "layer_moments",
+]

@@ -1,0 +1,272 @@
+"""The kinds of things a method may need to know of the source domain, and how each is recorded.
+
+A *kind* is one function of :data:`KINDS`, a generator that is sent the batches one by one and returns named tensors.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tta import taps
+from tta.functional import batch_moments, entropy, logits_of
+from tta.memory import RunningGaussian
+from tta.source import shift
+
+Batch: TypeAlias = tuple[Tensor, Tensor | None]  # images (batch, 3, height, width) float; labels (batch,) or None
+Known: TypeAlias = dict[str, Tensor]
+Recorder: TypeAlias = Generator[None, Batch | None, Known]
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that a method must know of the source domain, and the settings under which it is recorded.
+
+    Attributes:
+        kind: a name in :data:`KINDS`.
+        layers: names of the modules that it is recorded at.
+        statistics: what BatchNorm layers normalise by during the pass, their own statistics or the ``"batch"``'s.
+        batch_size: images a batch; None where it makes no difference to the result.
+        labels: whether the source images must come with their labels.
+        settings: what else the kind asks for; JSON values.
+    """
+
+    kind: str
+    layers: tuple[str, ...] = ()
+    statistics: Literal["source", "batch"] = "source"
+    batch_size: int | None = None
+    labels: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def differences(self, recorded: "Need") -> list[str]:
+        """In words, the settings of a recorded need that are not those asked for here."""
+        found = []
+        for key in (f.name for f in fields(self)):
+            asked, there = getattr(self, key), getattr(recorded, key)
+            if key == "layers" and asked != there:
+                missing = [name for name in asked if name not in there]
+                found.append(f"layers ({len(asked)} asked for, {len(there)} recorded; missing: {missing[:3]})")
+            elif asked != there and not (key == "batch_size" and asked is None):
+                found.append(f"{key} ({there} recorded, {asked} asked for)")
+        return found
+
+
+def activation_moments(model: nn.Module, need: Need) -> Recorder:
+    """Mean and variance over the batch at every location of every layer, averaged over batches.
+
+    Each batch counts the same and gives its unbiased variance, as in the code released with ActMAD; a trailing batch of
+    one image has no variance and is left out.
+
+    Returns:
+        ``<layer>.mean`` and ``<layer>.var`` in the layer's shape without its batch dimension; ``image_shape`` (3,).
+    """
+    rectified = need.settings.get("position") == "activation"
+    total: Known = {}
+    batches = 0
+    while (batch := (yield)) is not None:
+        images, _ = batch
+        if len(images) < 2:
+            continue
+        with torch.no_grad(), taps.activations(model, need.layers, lambda x: layer_moments(x, rectified)) as seen:
+            model(images)
+        if unreached := [name for name in need.layers if name not in seen]:
+            raise ValueError(f"A forward pass never reaches layer '{unreached[0]}': leave it out of the layers.")
+        now = {f"{name}.mean": mean for name, (mean, _) in seen.items()}
+        now |= {f"{name}.var": var for name, (_, var) in seen.items()}
+        shapes = {name: value.shape for name, value in now.items()}
+        if batches and shapes != {name: value.shape for name, value in total.items()}:
+            raise ValueError("Activations change their shape from batch to batch; expected images of one size.")
+        total = {name: total[name] + value for name, value in now.items()} if batches else now
+        batches += 1
+        image_shape = torch.tensor(images.shape[1:])
+    if not batches:
+        raise ValueError("No source batch holds two images or more, so activations have no variance.")
+    return {**{name: value / batches for name, value in total.items()}, "image_shape": image_shape}
+
+
+def feature_moments(model: nn.Module, need: Need) -> Recorder:
+    """Mean and unbiased standard deviation of the features, the input of the layer named, over all images.
+
+    Settings: ``max_entropy`` keeps only images whose prediction has an entropy below so many nats, ``samples`` only the
+    first so many of those.
+
+    Returns:
+        ``mean`` and ``std``, (width,).
+    """
+    samples, max_entropy = need.settings.get("samples"), need.settings.get("max_entropy")
+    kept: list[Tensor] = []
+    while (batch := (yield)) is not None:
+        if samples is not None and sum(map(len, kept)) >= samples:
+            continue
+        features, logits = _features(model, need, batch[0])
+        kept.append(features if max_entropy is None else features[entropy(logits) < max_entropy])
+    return _mean_and_std(torch.cat(kept)[:samples])
+
+
+def token_moments(model: nn.Module, need: Need) -> Recorder:
+    """Mean and unbiased standard deviation of the class token at the layers named, over all images.
+
+    Returns:
+        ``mean`` and ``std``, (layers * width,).
+    """
+    kept: list[Tensor] = []
+    while (batch := (yield)) is not None:
+        with torch.no_grad():
+            kept.append(taps.class_tokens(model, need.layers, batch[0])[0])
+    return _mean_and_std(torch.cat(kept))
+
+
+def class_moments(model: nn.Module, need: Need) -> Recorder:
+    """Mean feature of each class and the share of images it has; by the model's own predictions without labels.
+
+    Returns:
+        ``mean`` (classes, width), zeros for a class without images; ``prior`` (classes,), which sums to 1.
+    """
+    total: Tensor | None = None
+    while (batch := (yield)) is not None:
+        features, logits = _features(model, need, batch[0])
+        classes = logits.argmax(1) if batch[1] is None else batch[1]
+        member = F.one_hot(classes, logits.shape[1]).float()
+        now = member.T @ torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
+        total = now if total is None else total + now
+    assert total is not None
+    count = total[:, -1:]
+    return {"mean": total[:, :-1] / count.clamp(min=1), "prior": count[:, 0] / count.sum()}
+
+
+def class_gaussians(model: nn.Module, need: Need) -> Recorder:
+    """Mean and covariance of the features, of each class and of all images, divided by the number of images.
+
+    Classes are those that the model predicts, as in the code released with TTAC, unless labels are asked for. Setting
+    ``covariance`` is that of the classes: ``"full"``, ``"diagonal"`` (variances alone) or ``"none"``.
+
+    Returns:
+        ``class_mean`` (classes, width), zeros for a class without images; ``class_covariance`` (classes, width, width) or
+        (classes, width); ``class_count`` (classes,); ``mean`` (width,); ``covariance`` (width, width).
+    """
+    full = need.settings.get("covariance") == "full"
+    classes: RunningGaussian | None = None
+    while (batch := (yield)) is not None:
+        features, logits = _features(model, need, batch[0])
+        if classes is None:
+            means = features.new_zeros(logits.shape[1], features.shape[1])
+            classes = RunningGaussian(means, means[..., None] * means[:, None] if full else means)
+            total = RunningGaussian(means[:1], means[:1, :, None] * means[:1, None])
+        labels = logits.argmax(1) if batch[1] is None else batch[1]
+        classes.add(features, F.one_hot(labels, logits.shape[1]).bool())
+        total.add(features, torch.ones_like(features[:, :1], dtype=torch.bool))
+    assert classes is not None
+    known = {"class_mean": classes.mean, "class_covariance": classes.covariance, "class_count": classes.count}
+    if need.settings.get("covariance") == "none":
+        del known["class_covariance"]
+    return {**known, "mean": total.mean[0], "covariance": total.covariance[0]}
+
+
+def fisher(model: nn.Module, need: Need) -> Recorder:
+    """Diagonal Fisher information of the parameters of the layers named, from the model's own predictions.
+
+    The square of a batch's *mean* gradient, averaged over batches: it shrinks as the batch grows, so a weight of the
+    penalty belongs to its batch size. A batch of one is left out where layers normalise by the batch.
+
+    Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
+
+    Returns:
+        one tensor a parameter, under its name in the model.
+    """
+    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in need.layers]
+    parameters = [model.get_parameter(name).requires_grad_() for name in names]
+    total = [torch.zeros_like(p) for p in parameters]
+    batches = 0
+    while (batch := (yield)) is not None:
+        images, _ = batch
+        if len(images) < 2 and need.statistics == "batch":
+            continue
+        logits = logits_of(model(images))
+        gradients = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), parameters, allow_unused=True)
+        total = [t if g is None else t + g.square() for t, g in zip(total, gradients, strict=True)]
+        batches += 1
+    if not batches:
+        raise ValueError("No source batch holds two images or more, so there are no batch statistics to normalise by.")
+    return {name: value / batches for name, value in zip(names, total, strict=True)}
+
+
+def replay(model: nn.Module, need: Need) -> Recorder:
+    """Source images themselves, to be shown to the model again; a file of such statistics holds source data.
+
+    Setting ``samples`` keeps a random sample of so many (Vitter, "Random Sampling with a Reservoir", ACM TOMS 1985), or
+    all if there are no more.
+
+    Returns:
+        ``images`` (images, 3, height, width), uint8, rounded to whole steps of 1/255; ``labels`` (images,), int64, -1 where
+        none are asked for.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept: list[tuple[Tensor, Tensor]] = []
+    seen = 0
+    while (batch := (yield)) is not None:
+        labels = torch.full((len(batch[0]),), -1) if batch[1] is None else batch[1].cpu()
+        for image, label in zip((batch[0].detach() * 255).round().byte().cpu(), labels, strict=True):
+            place = seen if seen < need.settings["samples"] else int(torch.randint(seen + 1, (), generator=generator))
+            if place < need.settings["samples"]:
+                kept[place : place + 1] = [(image.clone(), label.clone())]
+            seen += 1
+    if len({image.shape for image, _ in kept}) > 1:
+        raise ValueError("The source images to be kept differ in size; expected images of one size.")
+    return {"images": torch.stack([i for i, _ in kept]), "labels": torch.stack([label.long() for _, label in kept])}
+
+
+def shift_network(model: nn.Module, need: Need) -> Recorder:
+    """The weights of a :class:`tta.source.shift.ShiftNetwork`, trained on the features and labels of all source images.
+
+    Returns:
+        its state, and ``prior`` (classes,), the share of images that a class has.
+    """
+    known: list[tuple[Tensor, Tensor]] = []
+    classes = 0
+    while (batch := (yield)) is not None:
+        assert batch[1] is not None
+        features, logits = _features(model, need, batch[0])
+        known.append((features, batch[1]))
+        classes = logits.shape[1]
+    features, labels = (torch.cat(parts) for parts in zip(*known, strict=True))
+    if not ((labels >= 0) & (labels < classes)).all():
+        raise ValueError(f"A source label lies outside 0 to {classes - 1}, the classes of the model.")
+    prior = torch.bincount(labels, minlength=classes) / len(labels)
+    network = shift.train(features, labels, prior, model.get_submodule(need.layers[0]), **need.settings)
+    return {**network.state_dict(), "prior": prior}
+
+
+KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
+    kind.__name__: kind
+    for kind in (
+        activation_moments,
+        feature_moments,
+        token_moments,
+        class_moments,
+        class_gaussians,
+        fisher,
+        replay,
+        shift_network,
+    )
+}
+
+
+def layer_moments(x: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
+    """:func:`~tta.functional.batch_moments` of a layer's output, or of what a ReLU makes of it."""
+    return batch_moments(x.relu() if rectified else x)
+
+
+def _features(model: nn.Module, need: Need, images: Tensor) -> tuple[Tensor, Tensor]:
+    (layer,) = need.layers
+    with torch.no_grad():
+        return taps.look(model, layer, images)
+
+
+def _mean_and_std(features: Tensor) -> Known:
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} source images are left to take mean and std of; expected 2 or more.")
+    std, mean = torch.std_mean(features, dim=0)
+    return {"mean": mean, "std": std}
