@@ -1,10 +1,11 @@
-"""Facts about every method: writes configs/methods.yaml, which `tta list methods` prints, and docs/methods.md.
+"""Facts about every method: writes configs/methods.yaml (for `tta list methods`), docs/methods.md and README's count.
 
     python benchmarks/methods_table.py            # every method
-    python benchmarks/methods_table.py tent sar   # measure these alone, keep what was measured of the others
+    python benchmarks/methods_table.py tent sar   # measure and print these alone, keep the measurements of the others
 
-None is typed in here. Meaning and papers are those of the docstrings, needs what `source_needs` declares, models those on
-which the method can be built, parity what the golden tests compare; passes and batches are measured.
+No fact is typed in here. Meaning and papers come from the docstrings, needs from `source_needs`, models from what the method
+can be built on, parity from the golden tests; passes and batches are measured. Of a method that is named and unfinished,
+one sentence says what is missing, and nothing is written.
 """
 
 import argparse
@@ -32,11 +33,13 @@ from tta.results.cost import Passes
 
 ROOT = Path(__file__).parent.parent
 DATA, PAGE = ROOT / "configs" / "methods.yaml", ROOT / "docs" / "methods.md"
+README, REFERENCES = ROOT / "README.md", ROOT / "docs" / "references.bib"
 BATCH, BATCHES, CORRUPTION = 64, 4, "impulse_noise"
 ALONE = 16  # images that are tried one by one
 MEASURED = ("batch", "forwards", "backwards")
 CITATION = re.compile(r'"([A-Z][^"]+)", ([A-Za-z][A-Za-z ]*?(?: \d{4}\.\d{4,5})?),? ((?:19|20)\d\d)\b')
 LITERAL = re.compile(r"``([^`]+)``")
+MORE = re.compile(r"There are (\d+) more")  # in README, after its table of methods
 
 
 # ---------------------------------------------------------------------- what docstrings say
@@ -326,20 +329,69 @@ def load() -> dict[str, dict[str, Any]]:
     return config.load(".", "methods")
 
 
+def references() -> dict[str, tuple[str, str]]:
+    """Title -> (venue as printed, year) of docs/references.bib, titles and venues in lower case."""
+    found = {}
+    for entry in re.split(r"^@", REFERENCES.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        lines = dict(re.findall(r"^  (\w+) += \{(.*)\},?$", entry, re.MULTILINE))
+        venue = lines.get("booktitle") or lines["journal"]
+        found[re.sub(r"[{}]", "", lines["title"]).lower()] = (venue.lower(), lines["year"])
+    return found
+
+
+def missing(method: str) -> list[str]:
+    """Parts that a finished method has and this one lacks, each with where it belongs; empty for a finished one."""
+    kind, found = methods.find(method), []
+    if not about(kind):
+        found.append(f"a docstring of {kind.__name__}")
+    if not papers(kind):
+        found.append(f'a paper in the docstring of {kind.__name__}, as AUTHORS, "TITLE", VENUE YEAR')
+    for paper in papers(kind):
+        title = CITATION.sub("", paper).rpartition(", ")[0]
+        if title.lower() not in references():
+            found.append(f"an entry '{title}' in docs/references.bib")
+    undocumented = [
+        field.name for field in fields(config_class(kind)) if field.name not in attributes(config_class(kind))
+    ]
+    if undocumented:
+        found.append(f"{', '.join(undocumented)} in the Attributes of {config_class(kind).__name__}")
+    tests = [file for file in (ROOT / "tests").glob("test_*.py") if f'"{method}"' in file.read_text(encoding="utf-8")]
+    if not tests:
+        found.append(f"tests/test_{method}.py, which recomputes one update in the plainest way")
+    if not models(method):
+        found.append(f"a model among {', '.join(families())} that it can be built on")
+    return found
+
+
+def more_in_readme() -> int:
+    """Number of methods that README's table leaves out."""
+    shown = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    return len(set(methods.available()) - set(shown))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", nargs="*", help="measure these alone")
+    parser.add_argument("method", nargs="*", help="measure and print these alone")
     chosen = parser.parse_args().method
+    for name in chosen:
+        if name not in methods.available():
+            parser.error(f"no method '{name}'.{config.nearest(name, methods.available())}")
+        if lacks := missing(name):
+            parser.exit(1, f"{name} is not finished, nothing was written. Missing: {'; '.join(lacks)}.\n")
 
     known, facts = load(), {}
     for name in methods.available():
         facts[name] = declared(name)
         again = name in chosen or not chosen or name not in known
         facts[name] |= measured(name, facts[name]["models"]) if again else {key: known[name][key] for key in MEASURED}
-        print(f"{name}: {facts[name]}", flush=True)
+        if again:
+            print(f"{name}: {facts[name]}", flush=True)
     header = "# Facts about the methods, written by benchmarks/methods_table.py. Do not edit.\n"
     DATA.write_text(header + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
     PAGE.write_text(page(facts), encoding="utf-8")
+    README.write_text(
+        MORE.sub(f"There are {more_in_readme()} more", README.read_text(encoding="utf-8")), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

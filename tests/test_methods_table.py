@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,19 +25,43 @@ FACTS = table.load()
 AGAIN = "run python benchmarks/methods_table.py"
 
 
-def references():
-    """Title -> (venue as printed, year) of docs/references.bib."""
-    found = {}
-    for entry in re.split(r"^@", (ROOT / "docs" / "references.bib").read_text(), flags=re.MULTILINE)[1:]:
-        fields = dict(re.findall(r"^  (\w+) += \{(.*)\},?$", entry, re.MULTILINE))
-        venue = fields.get("booktitle") or fields["journal"]
-        found[re.sub(r"[{}]", "", fields["title"]).lower()] = (venue.lower(), fields["year"])
-    return found
-
-
 def test_every_method_is_in_the_table():
     own = [file.stem for file in (ROOT / "methods").glob("[!_]*.py")]
     assert list(FACTS) == sorted(own), AGAIN
+
+
+@pytest.mark.parametrize("method", [name for name in FACTS if name != "source"])
+def test_a_method_is_finished(method):
+    assert table.missing(method) == []
+
+
+def test_an_unfinished_method_is_told_in_a_sentence_and_nothing_is_written(tmp_path):
+    """A method as CONTRIBUTING has it after its first step: a file, and nothing else."""
+    for folder in ("tta", "methods", "datasets", "configs", "benchmarks", "docs", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    text = (ROOT / "methods" / "tent.py").read_text().replace("Tent", "Newcomer")
+    (tmp_path / "methods" / "newcomer.py").write_text(text.replace("Fully Test-Time Adaptation", "Unheard of"))
+    code = (
+        "import sys; from importlib.util import module_from_spec, spec_from_file_location as at\n"
+        "for name, folder in {'tta': 'tta', 'tta.methods': 'methods', 'tta.datasets': 'datasets', 'tta.configs': 'configs'}.items():\n"
+        "    spec = at(name, f'{folder}/__init__.py', submodule_search_locations=[folder])\n"
+        "    sys.modules[name] = module_from_spec(spec)\n"
+        "    spec.loader.exec_module(sys.modules[name])\n"
+        "sys.argv = ['methods_table.py', 'newcomer']\n"
+        "import runpy; runpy.run_path('benchmarks/methods_table.py', run_name='__main__')\n"
+    )
+    before = (tmp_path / "configs" / "methods.yaml").read_text()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "newcomer is not finished, nothing was written. Missing: an entry '" in done.stderr
+    assert "tests/test_newcomer.py, which recomputes one update" in done.stderr
+    assert (tmp_path / "configs" / "methods.yaml").read_text() == before
+
+
+def test_readme_counts_the_methods_that_its_table_leaves_out():
+    assert table.MORE.findall(table.README.read_text()) == [str(table.more_in_readme())], AGAIN
 
 
 def test_the_page_is_made_of_the_table():
@@ -58,10 +85,9 @@ def test_what_is_measured(method):
 
 @pytest.mark.parametrize("method", [name for name in FACTS if name != "source"])
 def test_papers_are_those_of_the_references(method):
-    assert FACTS[method]["papers"]
     for paper in FACTS[method]["papers"]:
         title, venue, year = re.fullmatch(r"(.+), (\D.*) (\d{4})", paper).groups()
-        printed, printed_year = references()[title.lower()]
+        printed, printed_year = table.references()[title.lower()]
         assert year == printed_year
         assert all(word in printed for word in venue.lower().split())
 
