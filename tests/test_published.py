@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tta import methods, models
+from tta import config, methods, models
 from tta.cli import main
 from tta.config import ConfigError
 from tta.datasets.catalog import PROTOCOLS
@@ -89,3 +89,17 @@ def test_diff_works_against_a_published_row(tmp_path, capsys):
     assert "No published table 'tent'" in capsys.readouterr().err
     assert main(["list", "published"]) == 0
     assert "online-tta-cifar10-c" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "preset", "key", "value"),
+    [
+        # mariodoebler/test-time-adaptation, conf.py: one threshold for every data set
+        ("sar", "cifar10-c", "reset_constant", 0.2),
+        ("sar", "cifar100-c", "reset_constant", 0.2),
+        # Gorilla-Lab-SCUT/TTAC, cifar/scripts/run_ttac_cifar100_no_without_queue.sh
+        ("ttac", "cifar100-c", "lr", 1e-3),
+    ],
+)
+def test_presets_hold_the_released_scripts_values(method, preset, key, value):
+    assert config.preset(method, preset)[key] == value
