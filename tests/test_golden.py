@@ -56,7 +56,7 @@ def bounds(key):
 
 @pytest.fixture
 def runs(device, request, golden_images, golden_source):
-    """``runs(key)()`` gives a key's logits, each time with a new adapter; see ``Parity``."""
+    """``runs(key)`` is the run of a key that ``Parity.unlike`` takes; ``runs(key, 64)`` sees so many images."""
 
     def of(key, images=None, **changed):
         model, method, hparams, reset = ROWS[key]

@@ -94,26 +94,25 @@ def aux():
 
 @pytest.fixture
 def runs(request, golden_images, golden_source, aux):
-    """``runs(key)()`` gives what a key's released code returns, each time with a new adapter; see ``Parity``."""
+    """``runs(key)`` is the run of a key that ``Parity.unlike`` takes; ``runs(key, 64)`` sees so many images."""
 
-    def of(key, number=None, **changed):
+    def of(key, images=None, **changed):
         model, method, hparams, _ = ROWS[key]
         hparams = {**hparams, **changed}
-        if hparams.get("augment") is rolled:
-            hparams["augment"] = rolled()
         if key == "foa":
             hparams["initial_prompts"] = aux("foa_prompts_init").view(1, 3, 64)
         network = request.getfixturevalue(model)
 
         def run(noisy):
-            images = noisy(golden_images[part(key)][:number])
-            adapter = tta.adapt(network, method, source=noisy(golden_source), **hparams)
+            stream = noisy(golden_images[part(key)][:images])
+            new = {"augment": rolled()} if hparams.get("augment") is rolled else {}
+            adapter = tta.adapt(network, method, source=noisy(golden_source), **{**hparams, **new})
             if key == "foa":
                 draws = np.random.RandomState(2020)  # the released code's own, in place of the adapter's
                 adapter._normals = lambda: torch.from_numpy(draws.randn(27, 192))
             if key in ("note", "note_pbrs_bn"):
-                adapter.memory = ScriptedMemory(images, aux(f"{key}_memory_ids").long())
-            ours = torch.cat([adapter(batch) for batch in images.split(64)])
+                adapter.memory = ScriptedMemory(stream, aux(f"{key}_memory_ids").long())
+            ours = torch.cat([adapter(batch) for batch in stream.split(64)])
             return ours.exp() if method == PROBABILITIES else ours
 
         return run

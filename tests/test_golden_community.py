@@ -82,7 +82,7 @@ def source(golden_source):
 
 @pytest.fixture
 def runs(cnn, golden_images, source):
-    """``runs(key)()`` gives a key's logits, each time with a new adapter; see ``Parity``."""
+    """``runs(key)`` is the run of a key that ``Parity.unlike`` takes; ``runs(key, 64)`` sees so many images."""
 
     def of(key, images=None, **changed):
         method, hparams = ROWS[key]

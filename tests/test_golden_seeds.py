@@ -1,7 +1,7 @@
 """Parity with the released code of further methods: the same settings give the logits that it computed.
 
 ``golden/seeds/settings.md`` lists the settings, what was replaced around the released code, and how far input noise of
-1e-7 moves each key's logits: a few times that is allowed here.
+1e-7 moves each key's logits: a few times that is allowed here, and more where rounding does more (``Parity``).
 """
 
 import random
@@ -97,7 +97,7 @@ def logits(outputs, key):
 
 @pytest.fixture
 def runs(cnn, golden_images, golden_source):
-    """``runs(key)()`` gives what a key's released code returns, each time with a new adapter; see ``Parity``."""
+    """``runs(key)`` is the run of a key that ``Parity.unlike`` takes; ``runs(key, 64)`` sees so many images."""
 
     def of(key, images=None, **changed):
         def outputs(noisy):
