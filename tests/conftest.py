@@ -138,11 +138,12 @@ class Parity:
 
     FIRST = 1e-4  # largest difference in the first batch, before anything is learned
     # Uniform, up to so much in each pixel: 1e-7 moves the logits of a first batch by 3e-6, as other kernels do. What falls the
-    # other way then comes in few of the draws: in 2 of 20 for ttac (0.11), in 7 of 20 for petal (2.8e-3). Noise of 3e-7
-    # brings it about in six or nine draws of ten, and it is no larger. Where the bounds published are exceeded, kernels
-    # (SSE4.1, AVX2, AVX-512, those of MKL) make 0.3 to 1.1 times the most that these draws do. But the draws alone differ by
-    # up to 15 times in tent_steps3, whose events add up, so that a new kernel may go further: five times.
+    # other way then does so in few draws, in 2 of 20 by 0.06 or more for ttac and in 8 of 20 for petal (up to 2.8e-3); noise
+    # of 3e-7 brings it about in 5 or 9 draws of ten, and hardly more of it: 0.1 again, and 7e-3 once.
     NOISE = 4 * (1e-7,) + 4 * (3e-7,)
+    # Where published bounds are exceeded, other kernels (SSE4.1, AVX2, MKL's most compatible) move the largest value at most
+    # 1.0 times as far as these draws do on the same machine, the median 1.6 times (actmad_after). The draws themselves lie
+    # 15 times apart in tent_steps3, where events add up, and one of them may be a kernel's: hence not 2.
     MULTIPLE = 5
 
     @classmethod
