@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tta
+from tta.methods import lame, shot, t3a
 
 COMMUNITY = Path(__file__).parent / "golden" / "community"
 ROLLS = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1), (2, 0)]
@@ -57,8 +58,8 @@ ROWS = {
     "note_iabn_only": ("cnn", "note", {**NOTE, "update_frequency": 1000}, 2.3e-5),
     "note_pbrs_bn": ("cnn", "note", {**NOTE, "iabn": False, "bn_momentum": 0.05}, 1.4e-4),
     "memo_same": ("cnn", "memo", {**MEMO, "prior": None}, 1.4e-3),
-    "memo_rolled": ("cnn", "memo", {**MEMO, "prior": None, "views": 8, "augment": rolled()}, 2.5e-3),
-    "memo_rolled_bn16": ("cnn", "memo", {**MEMO, "views": 8, "augment": rolled()}, 1.1e-3),
+    "memo_rolled": ("cnn", "memo", {**MEMO, "prior": None, "views": 8, "augment": rolled}, 2.5e-3),
+    "memo_rolled_bn16": ("cnn", "memo", {**MEMO, "views": 8, "augment": rolled}, 1.1e-3),
     "foa": ("vit", "foa", {}, 4.7e-5),
     "foa_shift": ("vit", "foa", {"num_prompts": 0}, 3.4e-5),
 }
@@ -91,21 +92,112 @@ def aux():
     return lambda name: torch.from_numpy(arrays[name])
 
 
-@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow if key == "foa" else ()) for key in ROWS])
-def test_logits_equal_the_released_code(key, request, golden_images, golden_source, logits, aux):
-    model, method, hparams, noise = ROWS[key]
-    if key == "foa":
-        hparams = {"initial_prompts": aux("foa_prompts_init").view(1, 3, 64)}
-    adapter = tta.adapt(request.getfixturevalue(model), method, source=golden_source, **hparams)
-    if key == "foa":
-        draws = np.random.RandomState(2020)  # the released code's own, in place of the adapter's
-        adapter._normals = lambda: torch.from_numpy(draws.randn(27, 192))
-    if key in ("note", "note_pbrs_bn"):
-        adapter.memory = ScriptedMemory(golden_images, aux(f"{key}_memory_ids").long())
-    # MEMO predicts each image on its own: a sixth of them will do.
-    part = slice(None, None, 6 if method == "memo" else 1)
-    theirs = torch.from_numpy(logits[key])[part]
-    ours = torch.cat([adapter(batch) for batch in golden_images[part].split(64)])
-    ours = ours.exp() if method == PROBABILITIES else ours
-    assert (ours.argmax(1) == theirs.argmax(1)).float().mean() >= 0.99
-    assert (ours - theirs).abs().max() < 3 * noise
+@pytest.fixture
+def runs(request, golden_images, golden_source, aux):
+    """``runs(key)`` is the run of a key that ``Parity.unlike`` takes; ``runs(key, 64)`` sees so many images."""
+
+    def of(key, images=None, **changed):
+        model, method, hparams, _ = ROWS[key]
+        hparams = {**hparams, **changed}
+        if key == "foa":
+            hparams["initial_prompts"] = aux("foa_prompts_init").view(1, 3, 64)
+        network = request.getfixturevalue(model)
+
+        def run(noisy):
+            stream = noisy(golden_images[part(key)][:images])
+            new = {"augment": rolled()} if hparams.get("augment") is rolled else {}
+            adapter = tta.adapt(network, method, source=noisy(golden_source), **{**hparams, **new})
+            if key == "foa":
+                draws = np.random.RandomState(2020)  # the released code's own, in place of the adapter's
+                adapter._normals = lambda: torch.from_numpy(draws.randn(27, 192))
+            if key in ("note", "note_pbrs_bn"):
+                adapter.memory = ScriptedMemory(stream, aux(f"{key}_memory_ids").long())
+            ours = torch.cat([adapter(batch) for batch in stream.split(64)])
+            return ours.exp() if method == PROBABILITIES else ours
+
+        return run
+
+    return of
+
+
+def part(key):
+    """MEMO predicts each image on its own: a sixth of them will do."""
+    return slice(None, None, 6 if ROWS[key][1] == "memo" else 1)
+
+
+KEYS = [pytest.param(key, marks=pytest.mark.slow if key == "foa" else ()) for key in ROWS]
+# Whether an image is the fifth or the sixth neighbour of another, and MEMO's steps on each image, come before any output.
+AT_ONCE = {"lame_knn5", "lame_knn5_vit", "memo_same", "memo_rolled", "memo_rolled_bn16"}
+
+
+def bounds(key):
+    return {"largest": 3 * ROWS[key][-1], "at_once": key in AT_ONCE}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_logits_equal_the_released_code(key, runs, parity, logits):
+    assert not parity.unlike(runs(key), torch.from_numpy(logits[key])[part(key)], **bounds(key))
+
+
+def repelled(monkeypatch):
+    """Neighbours push an image's prediction away from their own."""
+    optimise = lame._laplacian_optimisation
+    monkeypatch.setattr(lame, "_laplacian_optimisation", lambda unary, affinity: optimise(unary, -affinity))
+
+
+def least_sure(monkeypatch):
+    """Of the highest entropy in place of the lowest."""
+    entropy = t3a.entropy
+    monkeypatch.setattr(t3a, "entropy", lambda logits: -entropy(logits))
+
+
+def without_diversity(monkeypatch):
+    monkeypatch.setattr(shot, "_diversity", lambda logits: 0 * logits.sum())
+
+
+STEP = {"ascends": -1, "stands_still": 0}
+SHOT = {**STEP, "without_diversity": without_diversity}
+# key -> images it takes, and wrong variants by name: what the rule must not let pass
+MUTANTS = {
+    "lame_knn5": (128, {"repelled": repelled, "four_neighbours": {"knn": 4}, "symmetric": {"symmetric": True}}),
+    "lame_rbf5": (128, {"repelled": repelled, "four_neighbours": {"knn": 4}}),
+    "lame_linear": (128, {"repelled": repelled}),
+    "lame_knn5_vit": (128, {"repelled": repelled, "four_neighbours": {"knn": 4}, "symmetric": {"symmetric": True}}),
+    "t3a": (256, {"least_sure": least_sure, "a_support_fewer": {"filter_k": 19}}),
+    "t3a_vit": (256, {"least_sure": least_sure, "a_support_fewer": {"filter_k": 19}}),
+    "shot_im_t3a": (128, SHOT),
+    "shot_im_lame": (128, SHOT),
+    "shot_im_ttab": (128, {**SHOT, "no_nesterov": {"nesterov": False}}),
+    "pl_lame": (128, {**STEP, "all_samples": {"threshold": 0.0}}),
+    "pl_t3a": (128, {**STEP, "all_samples": {"threshold": 0.0}}),
+    "plclf_t3a": (128, {**STEP, "all_samples": {"threshold": 0.0}}),
+    "pl_note": (128, STEP),
+    "conjugate_hard_pl_pre": (128, {**STEP, "all_samples": {"threshold": 0.0}}),
+    "conjugate_pre": (128, {**STEP, "without_poly_term": {"epsilon": 0.0}}),
+    "conjugate_post": (128, {**STEP, "without_poly_term": {"epsilon": 0.0}}),
+    "note": (128, {**STEP, "statistics_stand_still": {"bn_momentum": 0.0}, "plain_normalisation": {"iabn": False}}),
+    "note_iabn_only": (64, {"plain_normalisation": {"iabn": False}, "three_standard_errors": {"k": 3.0}}),
+    "note_pbrs_bn": (128, {**STEP, "statistics_stand_still": {"bn_momentum": 0.0}}),
+    "memo_same": (16, STEP),
+    "memo_rolled": (16, {**STEP, "a_view_fewer": {"views": 7}}),
+    "memo_rolled_bn16": (16, {**STEP, "source_statistics": {"prior": None}}),
+    "foa": (128, {"unshifted": {"gain": 0.0}, "entropy_alone": {"lambda_": 0.0}}),
+    "foa_shift": (128, {"unshifted": {"gain": 0.0}, "shifted_away": {"gain": -1.0}}),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "images", "change"),
+    [
+        pytest.param(key, images, change, id=f"{key}-{name}", marks=pytest.mark.slow if key == "foa" else ())
+        for key, (images, changes) in MUTANTS.items()
+        for name, change in changes.items()
+    ],
+)
+def test_a_wrong_variant_is_not_equal(key, images, change, runs, mutated, parity, logits):
+    theirs = torch.from_numpy(logits[key])[part(key)][:images]
+    assert parity.unlike(runs(key, images, **mutated(change)), theirs, **bounds(key))
+
+
+def test_every_key_has_a_wrong_variant():
+    assert MUTANTS.keys() == ROWS.keys()
