@@ -10,7 +10,8 @@ from torch import nn
 
 from tta import config
 from tta.adapter import Adapter, Config, config_class
-from tta.source import Need, Source
+from tta.messages import nearest
+from tta.source import Need, SourceLike
 
 ENTRY_POINTS = "tta.methods"
 
@@ -42,7 +43,7 @@ def find(name: str) -> type[Adapter]:
         return module.wrap(find(inner))
     if name not in available():
         raise config.ConfigError(
-            f"No method '{name}'.{config.nearest(name, available())} There are: {', '.join(available())}."
+            f"No method '{name}'.{nearest(name, available())} There are: {', '.join(available())}."
         )
     if name in metadata.entry_points(group=ENTRY_POINTS).names:
         return metadata.entry_points(group=ENTRY_POINTS)[name].load()
@@ -59,7 +60,7 @@ def adapt(
     model: nn.Module,
     method: str | type[Adapter],
     *,
-    source: Source | None = None,
+    source: SourceLike | None = None,
     preset: str | Mapping[str, Any] | None = None,
     copy: bool = True,
     **hparams: Any,

@@ -50,8 +50,7 @@ class WeightingConfig(OptimizerConfig):
         require(self.prior_correction in forms, f"prior_correction={self.prior_correction!r}", f"one of {forms}")
         require(0 <= self.momentum_probs <= 1, f"momentum_probs={self.momentum_probs}", "a share in [0, 1]")
         require(self.temperature > 0, f"temperature={self.temperature}", "a temperature above 0")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size}", "1 or more")
 
 

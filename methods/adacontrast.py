@@ -59,8 +59,7 @@ class AdaContrastConfig(OptimizerConfig):
         known = 1 <= self.neighbours <= self.queue_size
         require(known, f"neighbours={self.neighbours}", f"1 to queue_size={self.queue_size}")
         require(self.refine_after >= 0, f"refine_after={self.refine_after}", "0 or more samples")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.bank in ("oldest", "released"), f"bank={self.bank!r}", "'oldest' or 'released'")
         require(self.mask in ("keys", "released"), f"mask={self.mask!r}", "'keys' or 'released'")
 

@@ -45,8 +45,7 @@ class AWSConfig(OptimizerConfig):
         for name in ("lambda_con", "lambda_kd", "lambda_mutual"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "a weight of 0 or more")
         require(self.temperature > 0, f"temperature={self.temperature}", "a temperature above 0")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.source_batch_size >= 1, f"source_batch_size={self.source_batch_size}", "1 image or more")
 
 

@@ -42,8 +42,7 @@ class CoTTAConfig(OptimizerConfig):
         require(0 <= self.rst_m <= 1, f"rst_m={self.rst_m}", "a probability in [0, 1]")
         require(self.views >= 1, f"views={self.views}", "1 or more")
         require(self.views_at_once >= 1, f"views_at_once={self.views_at_once}", "1 or more")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
 
 
 class CoTTA(Adapter):

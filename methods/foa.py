@@ -83,7 +83,7 @@ class FOA(Adapter):
             self.search = CMAES(prompts.numel(), config.population)
 
     def adapt(self, x: Tensor) -> Tensor:
-        if len(x) < 2 or not self.input_is_finite:
+        if len(x) < 2 or not self.input_finite:
             return self.predict(x)
         with torch.no_grad():
             candidates = self._candidates()

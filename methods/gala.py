@@ -87,7 +87,7 @@ class GALA(Adapter):
 
     def update(self, loss: Tensor, **given: Any) -> Tensor:
         """A step of the layers that agree; whether any was made."""
-        parameters = self._optimized()
+        parameters = self.optimized_parameters()
         before = [parameter.detach().clone() for parameter in parameters]
         moments = [{key: value.clone() for key, value in self._moments(parameter).items()} for parameter in parameters]
         made = super().update(loss, **given)
@@ -112,7 +112,7 @@ class GALA(Adapter):
     def _agreeing(self, before: list[Tensor]) -> Tensor:
         """Which layers keep the step just taken, (layers,)."""
         sums = torch.zeros(3, self._layer_count, device=self.device)
-        for number, (parameter, weight) in enumerate(zip(self._optimized(), before, strict=True)):
+        for number, (parameter, weight) in enumerate(zip(self.optimized_parameters(), before, strict=True)):
             step, displacement = parameter - weight, parameter - self.get_buffer(f"anchor{number}")
             terms = torch.stack([(step * displacement).sum(), step.square().sum(), displacement.square().sum()])
             sums[:, self.layers[number]] += terms

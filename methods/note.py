@@ -63,7 +63,7 @@ class NOTE(Adapter):
         self.memory = memory.PredictionBalancedReservoir(self.config.memory_size)
 
     def adapt(self, x: Tensor) -> Tensor:
-        if not self.input_is_finite:  # nothing of a bad batch may enter the memory
+        if not self.input_finite:  # nothing of a bad batch may enter the memory
             return self.predict(x)
         parts, start, every = [], 0, self.config.update_frequency
         while start < len(x):

@@ -110,12 +110,12 @@ class OWTTT(Adapter):
         return matmul(F.normalize(features), self.known_prototypes.T) / self.config.delta
 
     def adapt(self, x: Tensor) -> Output:
-        for _ in range(self.config.steps if self.input_is_finite else 0):
+        for _ in range(self.config.steps if self.input_finite else 0):
             self._learn(x)
         with torch.no_grad():
             logits = self.predict(x)
             scores = 1 - self.config.delta * logits.amax(1)
-            if self.input_is_finite:
+            if self.input_finite:
                 self._push(self.inference_scores, scores)
             self.threshold.copy_(self._split(self.inference_scores))
         return Output(logits, scores)

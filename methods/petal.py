@@ -44,8 +44,7 @@ class PETALConfig(OptimizerConfig):
         super().__post_init__()
         require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
         require(self.views >= 1, f"views={self.views}", "1 or more")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.prior_weight >= 0, f"prior_weight={self.prior_weight}", "a weight of 0 or more")
         variance = self.prior_variance
         known = isinstance(variance, str) or (isinstance(variance, (int, float)) and variance >= 0)

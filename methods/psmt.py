@@ -49,8 +49,7 @@ class PSMTConfig(OptimizerConfig):
         require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
         require(self.fisher_alpha >= 0, f"fisher_alpha={self.fisher_alpha}", "a weight of 0 or more")
         require(0 <= self.quantile <= 1, f"quantile={self.quantile}", "a share in [0, 1]")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.views >= 1, f"views={self.views}", "1 or more")
         require(self.source_batch_size >= 1, f"source_batch_size={self.source_batch_size}", "1 image or more")
 

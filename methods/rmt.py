@@ -105,7 +105,7 @@ class RMT(Adapter):
         batches = self.config.num_samples_warm_up // self.config.source_batch_size
         if not batches:
             return
-        self.optimizer = self._new_optimizer()
+        self.restart_optimizer()
         assert self.optimizer is not None
         for batch in range(batches):
             for group in self.optimizer.param_groups:

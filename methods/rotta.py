@@ -41,8 +41,7 @@ class RoTTAConfig(OptimizerConfig):
         require(self.update_frequency >= 1, f"update_frequency={self.update_frequency}", "1 or more samples")
         require(0 <= self.nu <= 1, f"nu={self.nu}", "a share in [0, 1]")
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "a share in [0, 1]")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
 
 
 class RoTTA(Adapter):
@@ -77,7 +76,7 @@ class RoTTA(Adapter):
             uncertainties = -(probabilities * (probabilities + 1e-6).log()).sum(dim=1)
             # Whether a sample is kept depends on those before it: decided on the CPU, after one wait a batch.
             labels, uncertainties = torch.stack((logits.argmax(dim=1).float(), uncertainties)).cpu()
-        if not (uncertainties.isfinite().all() and self.input_is_finite):
+        if not (uncertainties.isfinite().all() and self.input_finite):
             return logits  # nothing of a bad batch may enter the memory
         start, every = 0, self.config.update_frequency
         while start < len(x):

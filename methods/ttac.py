@@ -100,7 +100,7 @@ class TTAC(Adapter):
         self.queue = memory.ReviewQueue(config.queue_size, config.queue_tolerance)
 
     def adapt(self, x: Tensor) -> Tensor:
-        if self.config.queue_size and self.input_is_finite:
+        if self.config.queue_size and self.input_finite:
             self._review(x)
         else:
             for _ in range(self.config.steps):

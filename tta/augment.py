@@ -2,11 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tta.messages import require
+
+# A method's dataclass declares its field ``augment`` as Any, as OmegaConf has no type for a callable, and calls check().
+Augment: TypeAlias = Literal["paper", "none"] | Callable[[Tensor], Tensor]
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR = 2  # half the width of the Gaussian kernel, 5 pixels
@@ -223,7 +228,7 @@ def _blurred_each(images: Tensor, sigma: Tensor, half: int = 6) -> Tensor:
     return x[0].unflatten(0, images.shape[:2])
 
 
-def augmentation(choice: Any, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:
+def augmentation(choice: Augment, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:
     """A function that makes one random view of a batch.
 
     Args:
@@ -232,10 +237,10 @@ def augmentation(choice: Any, generator: torch.Generator, *, sharp: bool = False
             generator seeded from this one, so that a GPU is neither waited for nor sent an image of noise.
         sharp: the paper is ROID's, whose views are neither blurred nor noisy, not CoTTA's.
     """
+    if callable(choice):
+        return choice
     if choice == "none":
         return lambda images: images
-    if choice != "paper":
-        return choice
     if sharp:
         return lambda images: sharp_view(images, draw_factors(generator)).clamp_(0, 1)
 
@@ -272,9 +277,9 @@ def averaged(
     return torch.stack(sums).sum(0) / views
 
 
-def is_augmentation(choice: Any) -> bool:
-    """Whether :func:`augmentation` takes this choice."""
-    return callable(choice) or choice in ("paper", "none")
+def check(choice: Any) -> None:
+    """Raise a ValueError unless :func:`augmentation` takes the ``augment`` of a method's hyper-parameters."""
+    require(callable(choice) or choice in ("paper", "none"), f"augment={choice!r}", "'paper', 'none' or a callable")
 
 
 def generator_on(device: torch.device, seeded_by: torch.Generator) -> torch.Generator:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from tta.messages import nearest
 from tta.models import networks
 from tta.models.checkpoints import load_weights
 from tta.models.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
-from tta.models.families import FAMILIES, Request, from_function, nearest
+from tta.models.families import FAMILIES, ModelSpec, from_function
 
 FUNCTION = "PACKAGE.MODULE:FUNCTION"
 
@@ -83,15 +84,15 @@ def load_model(
         ModuleNotFoundError: ``hf:`` without transformers.
     """
     prefix, _, name = spec.partition(":")
-    request = Request(spec, name, num_classes, pretrained and checkpoint is None)
+    parsed = ModelSpec(spec, name, num_classes, pretrained and checkpoint is None)
     if spec in EMBEDDED:
-        model = _embedded(request)
+        model = _embedded(parsed)
     elif spec in UNTRAINED:
-        model = _untrained(request)
+        model = _untrained(parsed)
     elif prefix in FAMILIES and name:
-        model = FAMILIES[prefix].make(request)
+        model = FAMILIES[prefix].make(parsed)
     elif name and _importable(prefix):
-        model = from_function(prefix, request)
+        model = from_function(prefix, parsed)
     else:
         known = [*EMBEDDED, *UNTRAINED, *(f"{family}:{name or 'NAME'}" for family in FAMILIES)]
         raise ValueError(f"No model '{spec}'.{nearest(spec, known)} There are: {', '.join(list_models())}.")
@@ -116,22 +117,22 @@ def list_models() -> dict[str, str]:
     return {**embedded, **untrained, **families, FUNCTION: "a function of yours that returns a network on [0, 1]"}
 
 
-def _embedded(request: Request) -> ImageClassifier:
-    make, file, clean_error = EMBEDDED[request.spec]
-    model = ImageClassifier(make(**request.classes), HALF, HALF, request.spec, (32, 32), clean_error=clean_error)
-    if request.fetch:
+def _embedded(spec: ModelSpec) -> ImageClassifier:
+    make, file, clean_error = EMBEDDED[spec.text]
+    model = ImageClassifier(make(**spec.classes), HALF, HALF, spec.text, (32, 32), clean_error=clean_error)
+    if spec.fetch:
         with resources.as_file(resources.files("tta") / "weights" / file) as path:
             load_weights(model.model, path)
     return model
 
 
-def _untrained(request: Request) -> ImageClassifier:
-    if request.fetch:
+def _untrained(spec: ModelSpec) -> ImageClassifier:
+    if spec.fetch:
         raise ValueError(
-            f"'{request.spec}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
+            f"'{spec.text}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
         )
-    make, mean, std, _ = UNTRAINED[request.spec]
-    return ImageClassifier(make(**request.classes), mean, std, request.spec, (32, 32))
+    make, mean, std, _ = UNTRAINED[spec.text]
+    return ImageClassifier(make(**spec.classes), mean, std, spec.text, (32, 32))
 
 
 def _importable(module: str) -> bool:

@@ -2,7 +2,7 @@
 
 from tta.source.kinds import Known, Need, layer_moments
 from tta.source.shift import ShiftNetwork, bounded
-from tta.source.statistics import BATCH_SIZE, EXPECTED, Entry, Source, SourceStatistics, known_from
+from tta.source.statistics import BATCH_SIZE, EXPECTED, Entry, SourceLike, SourceStatistics, known_from
 
 __all__ = [
     "BATCH_SIZE",
@@ -11,7 +11,7 @@ __all__ = [
     "Known",
     "Need",
     "ShiftNetwork",
-    "Source",
+    "SourceLike",
     "SourceStatistics",
     "bounded",
     "known_from",

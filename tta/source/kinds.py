@@ -16,9 +16,9 @@ from tta.functional import batch_moments, entropy, logits_of
 from tta.memory import RunningGaussian
 from tta.source import shift
 
-Batch: TypeAlias = tuple[Tensor, Tensor | None]  # images (batch, 3, height, width) float; labels (batch,) or None
+SourceBatch: TypeAlias = tuple[Tensor, Tensor | None]  # images (batch, 3, height, width) float; labels (batch,) or None
 Known: TypeAlias = dict[str, Tensor]
-Recorder: TypeAlias = Generator[None, Batch | None, Known]
+Recorder: TypeAlias = Generator[None, SourceBatch | None, Known]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tta import fingerprint, norms
-from tta.source.kinds import KINDS, Batch, Known, Need
+from tta.source.kinds import KINDS, Known, Need, SourceBatch
 
 BATCH_SIZE = 64
 EXPECTED = (
@@ -178,11 +178,11 @@ class SourceStatistics:
 
 
 Images: TypeAlias = Tensor | Dataset[Any] | Iterable[Any]
-Source: TypeAlias = Images | SourceStatistics | str | Path
+SourceLike: TypeAlias = Images | SourceStatistics | str | Path
 
 
 def known_from(
-    source: Source, model: nn.Module, model_fingerprint: str, needs: Sequence[Need], batch_size: int
+    source: SourceLike, model: nn.Module, model_fingerprint: str, needs: Sequence[Need], batch_size: int
 ) -> SourceStatistics:
     """Statistics that hold just the needs, in their order: recorded from images, or looked up and checked.
 
@@ -207,7 +207,7 @@ class _Feed:
             raise ValueError(f"The batch size of the source images is 1 or more; got {batch_size}.")
         self._need, self._batch_size, self._images = need, batch_size, 0
         self._recorder = KINDS[need.kind](model, need)
-        self._waiting: Batch | None = None  # images too few for a batch yet
+        self._waiting: SourceBatch | None = None  # images too few for a batch yet
         next(self._recorder)
 
     def take(self, images: Tensor, labels: Tensor | None, device: torch.device) -> None:
@@ -239,13 +239,13 @@ class _Feed:
             return Entry(self._need, self._images, stop.value)
         raise AssertionError(f"The recorder of {self._need.kind} goes on after its last batch.")
 
-    def _send(self, batch: Batch, device: torch.device) -> None:
+    def _send(self, batch: SourceBatch, device: torch.device) -> None:
         images, labels = batch[0].to(device), None if batch[1] is None else batch[1].to(device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         self._recorder.send((images.clone() if images.is_inference() else images, labels))
 
 
-def _cut(images: Tensor, labels: Tensor | None, part: slice) -> Batch:
+def _cut(images: Tensor, labels: Tensor | None, part: slice) -> SourceBatch:
     return images[part], None if labels is None else labels[part]
 
 
@@ -258,7 +258,7 @@ def _batches(source: Images, batch_size: int, num_workers: int) -> tuple[Iterabl
     return source, False
 
 
-def _checked(batch: Any) -> Batch:
+def _checked(batch: Any) -> SourceBatch:
     pair = batch if isinstance(batch, (tuple, list)) else (batch, None)
     images, labels = pair[0], pair[1] if len(pair) > 1 else None
     if not isinstance(images, Tensor) or images.dim() != 4:
