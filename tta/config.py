@@ -16,7 +16,7 @@ PLAIN = (bool, int, float, str, bytes, list, tuple, dict, type(None))
 
 
 class ConfigError(ValueError):
-    """A hyper-parameter, preset or setting that does not exist or does not fit its type."""
+    """Error of a hyper-parameter, preset or setting that does not exist or does not fit its type."""
 
 
 def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
@@ -87,7 +87,7 @@ def parse(text: str) -> Any:
 
 
 def load(folder: str, name: str) -> dict[str, Any]:
-    """The YAML file ``configs/<folder>/<name>.yaml`` as a dictionary; empty where there is none."""
+    """The YAML file ``configs/<folder>/<name>.yaml`` as a dictionary; empty if there is none."""
     file = resources.files("tta.configs") / folder / f"{name}.yaml"
     return dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
 

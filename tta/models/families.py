@@ -1,4 +1,4 @@
-"""Families of models: each makes a classifier of one kind of spec, with the preprocessing that its weights come with.
+"""Families of models: each makes classifiers of one kind of spec, with the preprocessing of their weights.
 
 The numbers are those of the weights' own metadata (timm's ``pretrained_cfg``, torchvision's ``weights.transforms()``,
 the image processor of the Hugging Face hub), so that no table here can go out of date.
@@ -133,11 +133,11 @@ def from_torchvision(spec: ModelSpec) -> ImageClassifier:
 # ---------------------------------------------------------------------- Hugging Face
 
 
-PIL_NUMBERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as processors of images save them
+PIL_NUMBERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as saved by image processors
 
 
 class Logits(nn.Module):
-    """A classifier of transformers, whose output is an object, as one that returns its logits."""
+    """A classifier of transformers that returns its logits, not an object that holds them."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def from_huggingface(spec: ModelSpec) -> ImageClassifier:
 
 
 def _processor_normalisation(processor: Any) -> tuple[list[float], list[float]]:
-    """Mean and std that do to images in [0, 1] what an image processor does to images in [0, 255]."""
+    """Mean and std for images in [0, 1], equal to the operations of an image processor on images in [0, 255]."""
     scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
     offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
     mean, std = [0.0] * 3, [1.0] * 3
@@ -222,8 +222,8 @@ class Published:
         make: the network, given its number of classes.
         mean: of images in [0, 1].
         std: likewise.
-        drive: the file's number on Google Drive, which has no other address and no published checksum.
-        clean_error: % of the clean test set, from RobustBench's ``model_info``; None where that has none of these weights.
+        drive: id of the file on Google Drive; it has no other address and no published checksum.
+        clean_error: % on the clean test set, from RobustBench's ``model_info``; None if that does not have these weights.
     """
 
     make: Callable[[int], nn.Module]
@@ -278,7 +278,7 @@ def from_robustbench(spec: ModelSpec) -> ImageClassifier:
 
 
 def from_function(module: str, spec: ModelSpec) -> ImageClassifier:
-    """What a function of an importable module returns: a network that takes images in [0, 1]."""
+    """The network that a function of an importable module returns; it takes images in [0, 1]."""
     found = getattr(import_module(module), spec.name, None)
     if not callable(found):
         choices = [name for name, value in vars(import_module(module)).items() if callable(value)]
@@ -293,7 +293,7 @@ def from_function(module: str, spec: ModelSpec) -> ImageClassifier:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of spec: what makes its models, how the spec is written, and what it is in a line."""
+    """One kind of spec: the function that makes its models, how the spec is written, a description of one line."""
 
     make: Callable[[ModelSpec], ImageClassifier]
     form: str

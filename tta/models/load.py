@@ -62,19 +62,19 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ImageClassifier:
-    """A source model in ``eval()`` mode that takes images in [0, 1]; mean and std are applied inside, exactly once.
+    """Load a source model, in ``eval()`` mode. It takes images in [0, 1] and applies mean and std inside, exactly once.
 
-    They are those of the weights' own metadata, and stand with input size, interpolation, resize and crop in
-    ``preprocessing``. A checkpoint that brings its own (``mu`` and ``sigma``, ``normalize.mean`` ...) has the say.
+    They are those of the weights' own metadata, or of the checkpoint if it holds any (``mu`` and ``sigma``,
+    ``normalize.mean`` ...). ``preprocessing`` lists them with input size, interpolation, resize and crop.
 
     Args:
         spec: one of ``tta list models``: ``digits-cnn``, ``digits-vit`` or ``digits-cnn-8`` (embedded), ``cifar-resnet20`` (32, 44, 56,
             110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``, ``torchvision:NAME[/WEIGHTS]``, ``hf:NAME``,
             ``robustbench:[cifar100/]NAME``, or ``PACKAGE.MODULE:FUNCTION``, a function of yours that returns a network.
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
-        num_classes: of the classifier, where it differs from the spec's own.
-        pretrained: get the spec's own weights when there is no checkpoint; ``False`` leaves the network untrained.
-        mean: per channel, of images in [0, 1], where the checkpoint was trained with other values than the spec's.
+        num_classes: of the classifier, if it differs from the spec's own.
+        pretrained: load the spec's own weights if there is no checkpoint; ``False`` leaves the network untrained.
+        mean: per channel, of images in [0, 1], if the checkpoint was trained with other values than the spec's.
         std: per channel, likewise.
 
     Raises:
@@ -99,7 +99,7 @@ def load_model(
     if checkpoint is not None:
         if brought := load_weights(model.model, checkpoint):
             model.normalise_by(*brought)
-        if prefix != "robustbench":  # there the spec names the weights, wherever they lie
+        if prefix != "robustbench":  # its spec names the weights, from any path
             model.clean_error = None
     elif not pretrained:
         model.clean_error = None
@@ -110,7 +110,7 @@ def load_model(
 
 
 def list_models() -> dict[str, str]:
-    """The embedded models and the forms of the other specs, each with what it is in a line."""
+    """The embedded models and the forms of the other specs, each with a description of one line."""
     embedded = {name: (own.make.__doc__ or "").splitlines()[0] for name, own in EMBEDDED.items()}
     untrained = {name: network.line for name, network in UNTRAINED.items()}
     families = {family.form: family.line for family in FAMILIES.values()}

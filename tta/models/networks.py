@@ -110,7 +110,7 @@ class CifarResNet(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """BatchNorm and ReLU before each 3x3 convolution; where channels change, the shortcut leaves behind the first ReLU."""
+    """BatchNorm and ReLU before each 3x3 convolution; if the channels change, the shortcut starts behind the first ReLU."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class WideResNet(nn.Module):
 
     Args:
         depth: 6 n + 4 layers.
-        width: how many times as wide as a ResNet of 16, 32 and 64 channels.
+        width: factor of the channels of a ResNet, 16, 32 and 64.
         num_classes: of the classifier ``fc``.
     """
 
@@ -168,7 +168,7 @@ class WideResNet(nn.Module):
 
 
 class GroupedBottleneck(nn.Module):
-    """1x1, grouped 3x3 and 1x1 convolution; ``dim`` channels a group of the ``groups`` in the middle."""
+    """1x1, grouped 3x3 and 1x1 convolution; in the middle ``groups`` groups of ``dim`` channels."""
 
     def __init__(self, channels_in: int, dim: int, groups: int, channels: int, stride: int) -> None:
         super().__init__()

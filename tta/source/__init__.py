@@ -1,4 +1,4 @@
-"""The source domain: what a method may know of it, recorded once and saved."""
+"""Source statistics: recorded once from source images, saved, and used by methods."""
 
 from tta.source.kinds import Known, Need, layer_moments
 from tta.source.shift import ShiftNetwork, bounded

@@ -1,6 +1,6 @@
-"""What a method may know of the source domain: recorded in one pass over source images, saved, checked on use.
+"""Source statistics: recorded in one pass over source images, saved, checked on use.
 
-A method declares a :class:`~tta.source.kinds.Need` for each thing it must know; all share the pass, so images are decoded once.
+A method declares a :class:`~tta.source.kinds.Need` for each kind; all share the pass, so that images are decoded once.
 """
 
 import copy
@@ -28,7 +28,7 @@ EXPECTED = (
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One recorded need: its settings, over how many images, and what was found."""
+    """One recorded need: its settings, the number of images, and the statistics."""
 
     need: Need
     images: int
@@ -37,10 +37,10 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class SourceStatistics:
-    """What was recorded of the source domain with one model; deployment needs this and no source image.
+    """Statistics of the source domain, recorded with one model; with them, deployment needs no source image.
 
     Attributes:
-        model: fingerprint of the weights it was recorded with; with other weights it is refused.
+        model: fingerprint of the weights they were recorded with; with other weights they are refused.
         entries: one for each need.
 
     Example:
@@ -65,15 +65,15 @@ class SourceStatistics:
         num_workers: int = 0,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> "SourceStatistics":
-        """Show the source images to (a copy of) the model, once.
+        """Record statistics in one pass of the source images through a copy of the model.
 
         Args:
             model: the source model.
-            needs: what to record; ``tta.methods.source_needs(model, "eata")`` says what a method needs.
+            needs: the statistics to record; for a method ``tta.methods.source_needs(model, "eata")``.
             source: a tensor or dataset of images, uint8 or floating point in [0, 1], split in order into the batches
                 that each need asks for; or an iterable of batches, which keep their own size. Labels are ignored
                 unless a need asks for them.
-            batch_size: for needs that ask for none.
+            batch_size: for needs that set none.
             num_workers: processes that read a dataset ahead.
             progress: wraps the iterable of batches, such as ``rich.progress.track``.
 
@@ -93,7 +93,7 @@ class SourceStatistics:
             return cls(fingerprint.of_model(model), tuple(feed.finish(device) for feed in feeds))
 
     def get(self, need: Need) -> Known:
-        """What was recorded for a need.
+        """The statistics that were recorded for a need.
 
         Raises:
             ValueError: it was not recorded, or under other settings; the message says which.
@@ -113,7 +113,7 @@ class SourceStatistics:
             )
 
     def describe(self) -> list[dict[str, Any]]:
-        """For a manifest: the needs with their settings, over how many images, and a hash of what was found."""
+        """For a manifest: the needs with their settings, the number of images, and a hash of the statistics."""
         return [
             {
                 **asdict(entry.need),
@@ -184,7 +184,7 @@ SourceLike: TypeAlias = Images | SourceStatistics | str | Path
 def known_from(
     source: SourceLike, model: nn.Module, model_fingerprint: str, needs: Sequence[Need], batch_size: int
 ) -> SourceStatistics:
-    """Statistics that hold just the needs, in their order: recorded from images, or looked up and checked.
+    """Statistics of these needs only, in their order: recorded from images, or looked up and checked.
 
     Raises:
         ValueError: recorded with another model or under other settings, or images that do not fit.
@@ -198,7 +198,7 @@ def known_from(
 
 
 class _Feed:
-    """Hands images to one need's recorder in batches of the size it asks for (None: as they come)."""
+    """Feeds the recorder of one need with batches of a given size (None: as they come)."""
 
     def __init__(self, model: nn.Module, need: Need, batch_size: int | None) -> None:
         if need.kind not in KINDS:
