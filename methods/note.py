@@ -17,11 +17,11 @@ class NOTEConfig(OptimizerConfig):
 
     Attributes:
         memory_size: number of samples kept.
-        update_frequency: samples between two updates, whatever the batch size.
+        update_frequency: samples between two updates, for any batch size.
         iabn: make the BatchNorm layers instance-aware; ``False`` leaves them as they are.
         k: standard errors by which an image's statistics must differ to count.
         bn_momentum: share of a memory's statistics in the stored statistics of a BatchNorm layer at each update.
-        steps: optimizer steps an update.
+        steps: optimizer steps per update.
     """
 
     lr: float = 1e-4

@@ -26,14 +26,14 @@ class PSMTConfig(OptimizerConfig):
     Attributes:
         mt_alpha: share of itself that the teacher keeps at each of its two steps a batch.
         fisher_alpha: weight of the pull towards the source weights, each by its Fisher information on source images;
-            0 needs no source. It belongs to the batch size of the source images, as the Fisher information does.
+            0 needs no source. The right value depends on their batch size, as the Fisher information does.
         quantile: share of all weights, those of the least squared gradient, that return to the source after a step, in
             the student and in the teacher.
         augment: ``"none"``, as the released code runs (it makes views and does not use them), ``"paper"`` (RGB images in
             [0, 1]), or from Python a callable that maps a batch to a view of it.
         ap, views: with an augmentation, the mean confidence of the source model on a batch below which the teacher's
-            predictions are averaged over so many views.
-        source_batch_size: source images a batch.
+            predictions are averaged over views, and their number.
+        source_batch_size: source images per batch.
     """
 
     mt_alpha: float = 0.999
@@ -109,7 +109,7 @@ class PSMT(Adapter):
         return target + logits
 
     def _target(self, x: Tensor) -> Tensor:
-        """The teacher's logits, averaged over views where the source model is unsure and views are asked for."""
+        """The teacher's logits, averaged over views if there is an augmentation and the source model is unsure."""
 
         def predict(images: Tensor) -> Tensor:
             return logits_of(self.teacher(images))

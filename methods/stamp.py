@@ -18,7 +18,7 @@ class STAMPConfig(OptimizerConfig):
     """The defaults are the released script's for CIFAR-10-C: SGD without momentum, 0.1.
 
     Attributes:
-        alpha: share of ln(classes) below which the entropy of a prediction must lie for its sample to be remembered.
+        alpha: a sample is remembered if the entropy of its prediction is below this share of ln(classes).
         capacity: samples remembered.
         views: augmented views that the prediction is averaged over, beside the image itself.
         augment: ``"paper"`` (RGB images in [0, 1]), ``"none"``, or from Python a callable that maps a batch to a view
@@ -28,7 +28,7 @@ class STAMPConfig(OptimizerConfig):
         rho: radius of the sharpness-aware step.
         schedule: batches over which the learning rate falls to 0 along a cosine, to rise again over as many: ``150``
             in the released code; None for a constant one.
-        weights: what the weights of the samples sum to: their number, ``"samples"``, or ``"capacity"`` as in the released
+        weights: sum of the weights of the samples: their number, ``"samples"``, or ``"capacity"`` as in the released
             code, which takes larger steps while the memory fills.
         exclude: parts of the names of modules that are not adapted, as published for ResNets and ViT-B.
     """
@@ -87,7 +87,7 @@ class STAMP(Adapter):
             labels = logits.argmax(1)
             if self.config.consistent:
                 chosen = chosen & (labels == self.predict_as_source(x).argmax(1))
-            # Which sample gives up its place depends on those before: decided on the CPU, after one wait a batch.
+            # Which sample is replaced depends on those before it: decided on the CPU, after one wait per batch.
             chosen, labels = torch.stack((chosen.long(), labels)).cpu()
         output = Output(averaged, doubts)
         if not self.input_finite:
@@ -107,7 +107,7 @@ class STAMP(Adapter):
         return torch.stack(views).logsumexp(0) - math.log(len(views))
 
     def _replay(self) -> None:
-        """One sharpness-aware step on the whole memory, the sure samples more than the unsure."""
+        """One sharpness-aware step on the whole memory, where sure samples weigh more than unsure ones."""
         self._schedule()
         samples, parameters = self.memory.read(), self.parameters_to_adapt()
         gradients = gradients_of(self._loss(samples), parameters)
