@@ -40,13 +40,15 @@ def find(name: str) -> type[Adapter]:
         module = import_module(find(outer).__module__)
         if not hasattr(module, "wrap"):
             raise config.ConfigError(f"'{outer}' wraps no other method: there is no '{name}'.")
-        return module.wrap(find(inner))
+        wrapped: type[Adapter] = module.wrap(find(inner))
+        return wrapped
     if name not in available():
         raise config.ConfigError(
             f"No method '{name}'.{nearest(name, available())} There are: {', '.join(available())}."
         )
     if name in metadata.entry_points(group=ENTRY_POINTS).names:
-        return metadata.entry_points(group=ENTRY_POINTS)[name].load()
+        added: type[Adapter] = metadata.entry_points(group=ENTRY_POINTS)[name].load()
+        return added
     module = import_module(f"tta.methods.{name}")
     (found,) = (
         value

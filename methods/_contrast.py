@@ -69,7 +69,7 @@ def prototypes_need(model: nn.Module, config: ContrastConfig) -> list[Need]:
 
 def new_projector(width: int, dim: int, generator: torch.Generator) -> nn.Module:
     """Two linear layers with a ReLU between, (batch, width) -> (batch, dim), drawn as ``nn.Linear`` draws its weights."""
-    layers = [nn.utils.skip_init(nn.Linear, before, dim) for before in (width, dim)]
+    layers = [nn.utils.skip_init(nn.Linear, before, dim) for before in (width, dim)]  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for layer in layers:
             bound = layer.in_features**-0.5

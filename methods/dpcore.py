@@ -177,10 +177,10 @@ class DPCore(Adapter):
         return logits, Moments(mean, std)
 
     def _distance(self, moments: Moments, others: Moments) -> Tensor:
-        distance = (moments.mean - others.mean).norm(dim=-1)
-        if moments.std is None or others.std is None:
-            return distance
-        return distance + self.config.lambda_ * (moments.std - others.std).norm(dim=-1)
+        distance: Tensor = (moments.mean - others.mean).norm(dim=-1)
+        if moments.std is not None and others.std is not None:
+            distance = distance + self.config.lambda_ * (moments.std - others.std).norm(dim=-1)
+        return distance
 
     def _learn(self, x: Tensor, steps: int, first: tuple[Tensor, Moments] | None = None) -> tuple[Tensor, Moments]:
         """Optimise the prompts for the distance to the source; logits and moments of the last forward, before its step."""
@@ -200,7 +200,8 @@ class DPCore(Adapter):
         return torch.arange(self.config.capacity, device=self.device) < self.size
 
     def _blend(self, weights: Tensor) -> Tensor:
-        return torch.tensordot(weights, self.prompt_sets, 1)[None]
+        prompts: Tensor = torch.tensordot(weights, self.prompt_sets, 1)
+        return prompts[None]
 
     @torch.no_grad()
     def _set_prompts(self, value: Tensor) -> None:

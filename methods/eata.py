@@ -23,9 +23,9 @@ class EATAConfig(OptimizerConfig):
             classes two predictions are seldom less alike than 0.05, the value for ImageNet.
         fisher_alpha: weight of the anti-forgetting penalty; 0 is ETA, which needs no source. The right value depends on
             the batch size of the source images, as the Fisher information does.
-        fisher_batch_size: source images per batch; None for ``source_batch_size``. There are two names for it: this one
-            is EATA's own, beside ``fisher_alpha``, and wins if both are given;
-        source_batch_size: this one is shared by all methods that need a source.
+        fisher_batch_size: source images per batch; None for ``source_batch_size``. It is EATA's own name for the size, and
+            wins if both are given.
+        source_batch_size: the same, by the name that all methods with a source share.
         keep_average: a reset leaves the average prediction as it is, as in the released code: one domain then influences
             the filter of the next.
     """

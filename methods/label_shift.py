@@ -97,5 +97,6 @@ class LabelShift(Adapter):
     def _corrected(self, features: Tensor, logits: Tensor) -> Tensor:
         prior = bounded(self.stream_prior)
         if self.network is not None:
-            return self.network(features, prior, self.model.get_submodule(self._head))
+            corrected: Tensor = self.network(features, prior, self.model.get_submodule(self._head))
+            return corrected
         return logits + self.config.strength * (prior.log() - self.source_prior.log())

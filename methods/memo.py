@@ -57,7 +57,7 @@ class MEMO(Adapter):
             norms.blend_statistics(self.model, 1 / (self.config.prior + 1))
 
     def adapt(self, x: Tensor) -> Tensor:
-        return torch.cat([self._adapt_to(image) for image in x.split(1)])
+        return torch.cat([self._adapt_to(image) for image in torch.split(x, 1)])
 
     def _adapt_to(self, image: Tensor) -> Tensor:
         views = self._views(image)

@@ -145,7 +145,7 @@ class TTAC(Adapter):
         for number in range(1, min(config.queue_passes, count // config.queue_batch_size + 1) + 1):
             self.queue.begin_pass()
             order = torch.randperm(count, generator=self.generator).to(x.device)
-            for slots in order.split(config.queue_batch_size):
+            for slots in torch.split(order, config.queue_batch_size):
                 if len(slots) == min(count, config.queue_batch_size):  # a smaller rest waits for the next pass
                     assert self.queue.images is not None
                     self._align(self.queue.images[slots], slots, by_class=number > config.queue_passes // 2)

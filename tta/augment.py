@@ -123,7 +123,7 @@ def shift_hue(images: Tensor, share: float | Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.split(1, dim=1)
+    red, green, blue = torch.split(images, 1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
@@ -225,7 +225,7 @@ def _blurred_each(images: Tensor, sigma: Tensor, half: int = 6) -> Tensor:
     x = F.pad(images, (half, half, half, half), mode="replicate").flatten(0, 1)[None]
     x = F.conv2d(x, weights[:, None, None, :].to(x.dtype), groups=x.shape[1])
     x = F.conv2d(x, weights[:, None, :, None].to(x.dtype), groups=x.shape[1])
-    return x[0].unflatten(0, images.shape[:2])
+    return x.view_as(images)
 
 
 def augmentation(choice: Augment, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:

@@ -38,7 +38,8 @@ class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
         one_value = x.numel() == x.shape[1]  # has no variance: nn.BatchNorm2d raises the error
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.stride(1) != 1 or self.weight is None or one_value:
             return super().forward(x)
-        return _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
+        out: Tensor = _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
+        return out
 
 
 class _NormaliseRows(torch.autograd.Function):

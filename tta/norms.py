@@ -165,7 +165,8 @@ class BlendedBatchNorm(nn.Module):
             var = torch.lerp(running_var, batch_var, self.weight)
             if self.remember:
                 self._store(mean, var)
-        return functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
+        out: Tensor = functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
+        return out
 
     @torch.no_grad()
     def _store(self, mean: Tensor, var: Tensor) -> None:
@@ -188,7 +189,8 @@ class BlendedBatchNorm(nn.Module):
         """Apply the layer's own scale, shift and, if it has one, activation to normalised values."""
         mean, var = self._stored()
         neutral = {"running_mean": torch.zeros_like(mean), "running_var": torch.ones_like(var) - self.layer.eps}
-        return functional_call(self.layer, neutral, (normalised.to(dtype),))
+        out: Tensor = functional_call(self.layer, neutral, (normalised.to(dtype),))
+        return out
 
 
 class RobustBatchNorm(BlendedBatchNorm):
@@ -202,7 +204,8 @@ class RobustBatchNorm(BlendedBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.remember:
-            return self.layer(x)
+            out: Tensor = self.layer(x)
+            return out
         values = x.float()
         batch_var, batch_mean = torch.var_mean(values, dim=[d for d in range(x.dim()) if d != 1], correction=0)
         running_mean, running_var = self._stored()
@@ -221,7 +224,8 @@ class MovingBatchNorm(BlendedBatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.remember:
-            return self.layer(x)
+            out: Tensor = self.layer(x)
+            return out
         values = x.float()
         mean, var = self._take_in(values)
         count = values.numel() / values.shape[1]

@@ -32,7 +32,9 @@ def head(model: nn.Module, name: str | None = None) -> str:
     Raises:
         ValueError: there is no such layer; the message lists the linear layers.
     """
-    linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear: dict[str, nn.Module] = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     if name is not None:
         if name not in linear:
             raise ValueError(f"{type(model).__name__} has no linear layer '{name}'. It has: {_some(list(linear))}.")
@@ -212,8 +214,8 @@ def extra_tokens(vit: nn.Module, tokens: Tensor) -> Iterator[None]:
         return (torch.cat([args[0][:, :first], args[0][:, last:]], dim=1),)
 
     with ExitStack() as stack:
-        stack.callback(vit.norm_pre.register_forward_hook(join).remove)  # type: ignore[operator, union-attr]
-        stack.callback(vit.norm.register_forward_pre_hook(leave).remove)  # type: ignore[operator, union-attr]
+        stack.callback(vit.norm_pre.register_forward_hook(join).remove)  # type: ignore[union-attr]
+        stack.callback(vit.norm.register_forward_pre_hook(leave).remove)  # type: ignore[union-attr]
         yield
 
 

@@ -96,7 +96,7 @@ class ImageClassifier(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model((images - self.mean) / self.std)
+        logits: Tensor = self.model((images - self.mean) / self.std)
         if self.selection is None:
             return logits
         fewest, most = self._outputs

@@ -77,7 +77,7 @@ def from_timm(spec: ModelSpec) -> ImageClassifier:
             f"'{spec.text}' is published without a classifier: give num_classes=K and checkpoint=PATH of one trained "
             "on its features."
         )
-    cfg = timm.data.resolve_model_data_config(network)
+    cfg = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined, no-untyped-call]
     # The tag belongs to the record: the weights of a bare name have changed between releases of timm.
     text = f"timm:{architecture}.{network.pretrained_cfg['tag']}" if spec.fetch else spec.text
     height, width = cfg["input_size"][1:]
@@ -144,7 +144,8 @@ class Logits(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(pixel_values=x).logits
+        logits: Tensor = self.network(pixel_values=x).logits
+        return logits
 
 
 def from_huggingface(spec: ModelSpec) -> ImageClassifier:

@@ -119,7 +119,7 @@ def _predict(model: nn.Module, images: Tensor) -> Tensor:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return torch.cat([model(batch).float() for batch in images.split(BATCH)])
+        return torch.cat([model(batch).float() for batch in torch.split(images, BATCH)])
     finally:
         for module, training in modes.items():
             module.training = training
@@ -176,7 +176,7 @@ def _best_trial(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor
     for cause, scale, shift in _causes(model):
         scale, shift = scale.to(images.device), shift.to(images.device)
         fixed = broken = 0
-        for some, known, before in zip(*(t.split(AT_ONCE) for t in (images, labels, right)), strict=True):
+        for some, known, before in zip(*(torch.split(t, AT_ONCE) for t in (images, labels, right)), strict=True):
             after = _predict(model, some * scale + shift).argmax(1) == known
             fixed += int((after & ~before).sum())
             broken += int((before & ~after).sum())

@@ -55,9 +55,9 @@ class ShiftNetwork(nn.Module):
         """
         width, classes = features.shape[1], len(prior)
         relative = (prior * classes).log()
-        parts = self.outer(self.inner(relative).relu()).split([width, width, classes, classes])
+        parts = torch.split(self.outer(self.inner(relative).relu()), [width, width, classes, classes])
         scale, shift, class_scale, class_shift = parts
-        logits = head((1 + scale) * features + shift).float()
+        logits: Tensor = head((1 + scale) * features + shift).float()
         return (1 + class_scale) * logits + class_shift + self.direct * relative
 
 
@@ -103,6 +103,6 @@ def train(
         logits = network(features[index], drawn, head) + source - drawn.log()
         loss = F.cross_entropy(logits, labels[index])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return network

@@ -252,7 +252,7 @@ def _cut(images: Tensor, labels: Tensor | None, part: slice) -> SourceBatch:
 def _batches(source: Images, batch_size: int, num_workers: int) -> tuple[Iterable[Any], bool]:
     """The source as batches, and whether these may be regrouped: those of a user's own loader may not."""
     if isinstance(source, Tensor):
-        return _checked(source)[0].split(batch_size), True
+        return torch.split(_checked(source)[0], batch_size), True
     if isinstance(source, Dataset) and not hasattr(source, "__iter__"):
         return DataLoader(source, batch_size=batch_size, num_workers=num_workers), True
     return source, False
