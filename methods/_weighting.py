@@ -32,7 +32,7 @@ class WeightingConfig(OptimizerConfig):
         temperature: of the weights.
         augment: the views: ``"paper"`` (RGB images in [0, 1]), ``"none"`` (the images themselves once more), or from
             Python a callable that maps a batch to a view of it.
-        batch_size: what the sum of the losses is divided by; None for the number of images in the batch. The released
+        batch_size: divisor of the sum of the losses; None for the number of images in the batch. The released
             code takes the stream's batch size, so that a smaller last batch makes a smaller step.
     """
 

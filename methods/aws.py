@@ -54,7 +54,7 @@ class AWS(Adapter):
 
     Han et al., "When Test-Time Adaptation Meets Self-Supervised Models", arXiv 2506.23529 2025.
 
-    A reconstruction from what others wrote about it: neither paper nor code could be read, so expect other numbers.
+    A reconstruction from what others wrote about it: neither paper nor code could be read; expect other numbers.
     Known are the prototype classifier (cosine similarity to class means, frozen) on a self-supervised backbone, the target
     model with a head that learns, and three losses: a contrast, a distillation from the backbone's first features, and an
     asymmetric mutual one. Read here as: the target model maximises the mutual information of its predictions, the

@@ -53,7 +53,7 @@ class DeYO(Adapter):
 
     Lee et al., "Entropy is not Enough for Test-Time Adaptation: From the Perspective of Disentangled Factors", ICLR 2024.
 
-    The latter is tested by destroying the object: the pseudo-label's probability must fall (the pseudo-label
+    The shape is tested by destroying the object: the pseudo-label's probability must fall (the pseudo-label
     probability difference, PLPD). The affine parameters of the normalisation layers adapt; BatchNorm layers normalise by
     the batch, destroyed images by those that are sure. A batch that teaches nothing makes no step. Scored are the logits
     before the step.

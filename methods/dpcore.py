@@ -84,8 +84,8 @@ class DPCore(Adapter):
     source_mean: Tensor
     source_std: Tensor
     initial: Tensor
-    # The coreset. An element's moments are those of features without prompts when it is made; from then on it is pulled
-    # to features with prompts, as published. (capacity, width) twice, (capacity, num_prompts, width), and how many are in use.
+    # The coreset. A new element has the moments of features without prompts; later it is pulled to features with prompts,
+    # as published. (capacity, width) twice, (capacity, num_prompts, width), and the number of elements in use.
     means: Tensor
     stds: Tensor
     prompt_sets: Tensor
@@ -121,7 +121,7 @@ class DPCore(Adapter):
 
     @property
     def coreset_size(self) -> int:
-        """Elements in the coreset; about one a domain is usual."""
+        """Number of elements in the coreset; about one per domain is usual."""
         return int(self.size)
 
     def adapt(self, x: Tensor) -> Tensor:

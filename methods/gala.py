@@ -115,7 +115,7 @@ class GALA(Adapter):
             terms = torch.stack([(step * displacement).sum(), step.square().sum(), displacement.square().sum()])
             sums[:, self.layers[number]] += terms
         cosines = sums[0] / (sums[1] * sums[2]).sqrt()
-        cosines = torch.where(cosines.isfinite(), cosines, -math.inf)  # a layer without a step has no say
+        cosines = torch.where(cosines.isfinite(), cosines, -math.inf)  # a layer without a step never agrees
         chosen = cosines > self.config.threshold
         if self.config.select == "best":
             chosen = chosen & (torch.arange(len(cosines), device=cosines.device) == cosines.argmax())

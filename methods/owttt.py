@@ -24,7 +24,7 @@ class OWTTTConfig(OptimizerConfig):
         ce_scale: weight of the classification of samples, with the prototypes of unknown classes as a class of its own.
         da_scale: weight of the alignment of the features of known samples with the source's, times 0.05.
         global_length: number of the last features that weigh most in their running Gaussian.
-        queue_size: last outlier scores that a threshold is drawn from.
+        queue_size: number of last outlier scores that a threshold is computed from.
         max_prototypes: number of prototypes of unknown classes kept, the newest.
         gradients: ``"exact"``, or as in the ``"released"`` code: those of the classification are taken after the
             alignment has moved the BatchNorm statistics that they depend on.

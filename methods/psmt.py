@@ -24,7 +24,7 @@ class PSMTConfig(OptimizerConfig):
     """The defaults are the released code's: Adam 1e-3.
 
     Attributes:
-        mt_alpha: share of itself that the teacher keeps at each of its two steps a batch.
+        mt_alpha: share of itself that the teacher keeps at each of its two steps per batch.
         fisher_alpha: weight of the pull towards the source weights, each by its Fisher information on source images;
             0 needs no source. The right value depends on their batch size, as the Fisher information does.
         quantile: share of all weights, those of the least squared gradient, that return to the source after a step, in

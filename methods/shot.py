@@ -17,9 +17,9 @@ class SHOTConfig(OptimizerConfig):
     """The paper is offline; the defaults are those of a later online benchmark, without Nesterov's momentum.
 
     Attributes:
-        parameters: that learn: ``"features"`` (all but the head, as in the paper) or ``"norm"`` (the affine parameters of
+        parameters: those that learn: ``"features"`` (all but the head, as in the paper) or ``"norm"`` (the affine parameters of
             the normalisation layers).
-        statistics: that BatchNorm layers normalise by: the ``"batch"``'s, the ``"source"``'s, or, ``"mixed"``, the batch's
+        statistics: those that BatchNorm layers normalise by: the ``"batch"``'s, the ``"source"``'s, or, ``"mixed"``, the batch's
             in a step and the source's in every other prediction.
         score: logits that are scored: those of the forward ``"before"`` the step or of a second one ``"after"`` it.
     """

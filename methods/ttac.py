@@ -23,7 +23,7 @@ class TTACConfig(OptimizerConfig):
         class_length: number of a class's last samples that weigh most in its running Gaussian.
         class_count: number of samples that a class's initial Gaussian, the source's, counts as.
         min_class_count: number of samples that a class's running Gaussian must hold before the class is aligned.
-        class_covariance: ``"full"``, or ``"diagonal"`` for many classes: a full one takes width^2 numbers a class.
+        class_covariance: ``"full"``, or ``"diagonal"`` for many classes: a full one takes width^2 numbers per class.
         global_length: as ``class_length``, of the Gaussian of all samples.
         queue_size: 0 for one step on each batch as it comes. Else the number of last images that are kept; after every
             batch all of them are learned from, several times: as in the paper's tables, at many times the cost.

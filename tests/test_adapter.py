@@ -114,7 +114,7 @@ def test_non_finite_update_is_skipped_counted_and_warned_once(cnn, batch, optimi
 
 
 def test_flag_of_a_bad_batch_on_a_gpu_is_raised_a_batch_later(cnn, batch):
-    """The deferred path, on the CPU: the adapter is told that the input was not finite."""
+    """The deferred path, on the CPU: the flag of the input is set to not finite."""
     adapter = tta.adapt(cnn, Exploding)
     adapter(batch)
     before = adapter.state_dict()

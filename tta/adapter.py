@@ -335,10 +335,10 @@ class Adapter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _header(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """The JSON part of a state, taken out of it.
+        """Take the JSON part out of a state, and check it.
 
         Raises:
-            ValueError: not the state of an adapter, or of an adapter of another method, or of other parameters.
+            ValueError: the state is not one of an adapter, of this method, and of these parameters.
         """
         if prefix + self._STATE not in state_dict:
             raise ValueError(
@@ -357,7 +357,7 @@ class Adapter(nn.Module):
         return header
 
     def _load_moments(self, state_dict: dict[str, Any], prefix: str, numbers: list[dict[str, Any]]) -> None:
-        """Start a new optimizer with the moments of a state: its tensors below ``prefix``, taken out, and the numbers."""
+        """Take the moments out of a state, tensors below ``prefix`` and numbers, and start a new optimizer with them."""
         moments = [dict(plain) for plain in numbers]
         for key in [key for key in state_dict if key.startswith(prefix)]:
             number, name = key.removeprefix(prefix).split(".", 1)

@@ -99,7 +99,7 @@ def gradients_of(loss: Tensor, tensors: Sequence[Tensor], *, materialize: bool =
 
     Args:
         loss: a scalar.
-        tensors: that the gradients are taken with respect to.
+        tensors: those that the gradients are taken with respect to.
         materialize: return zeros, not None, for a tensor that the loss does not depend on.
     """
     with torch.autocast(loss.device.type, enabled=False):

@@ -55,7 +55,7 @@ class ModelSpec:
 
 
 def from_timm(spec: ModelSpec) -> ImageClassifier:
-    """Any classifier of timm."""
+    """Make any classifier of timm."""
     architecture, _, tag = spec.name.partition(".")
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no model '{spec.name}'.{nearest(architecture, timm.list_models())}")
@@ -97,7 +97,7 @@ def from_timm(spec: ModelSpec) -> ImageClassifier:
 
 
 def from_torchvision(spec: ModelSpec) -> ImageClassifier:
-    """Any classifier of torchvision."""
+    """Make any classifier of torchvision."""
     name, _, tag = spec.name.partition("/")
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -149,7 +149,7 @@ class Logits(nn.Module):
 
 
 def from_huggingface(spec: ModelSpec) -> ImageClassifier:
-    """An image classifier of the Hugging Face hub, or a folder where one was saved."""
+    """Make an image classifier of the Hugging Face hub, or of a folder where one was saved."""
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
     except ImportError:
@@ -249,7 +249,7 @@ ROBUSTBENCH = {
 
 
 def from_robustbench(spec: ModelSpec) -> ImageClassifier:
-    """RobustBench's networks for CIFAR-C; the package itself is not needed."""
+    """Make one of RobustBench's networks for CIFAR-C; the package itself is not needed."""
     of = "cifar100" if spec.num_classes == 100 else "cifar10"
     name = spec.name if "/" in spec.name else f"{of}/{spec.name}"
     if name not in ROBUSTBENCH:

@@ -99,7 +99,7 @@ def load_model(
     if checkpoint is not None:
         if brought := load_weights(model.model, checkpoint):
             model.normalise_by(*brought)
-        if prefix != "robustbench":  # its spec names the weights, from any path
+        if prefix != "robustbench":  # there the spec names the weights, wherever the file is
             model.clean_error = None
     elif not pretrained:
         model.clean_error = None

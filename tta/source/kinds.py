@@ -28,8 +28,8 @@ class Need:
     Attributes:
         kind: a name in :data:`KINDS`.
         layers: names of the modules that it is recorded at.
-        statistics: that BatchNorm layers normalise by during the pass: the ``"source"``'s, which are stored in them, or
-            the ``"batch"``'s.
+        statistics: those that BatchNorm layers normalise by during the pass: the ``"source"``'s, which the layers store,
+            or the ``"batch"``'s.
         batch_size: images per batch; None if it makes no difference to the result.
         labels: whether the source images must come with their labels.
         settings: further settings of the kind; JSON values.
@@ -175,7 +175,7 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
     Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
 
     Returns:
-        one tensor per parameter, under its name in the model.
+        One tensor per parameter, under its name in the model.
     """
     names = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in need.layers]
     parameters = [model.get_parameter(name).requires_grad_() for name in names]
@@ -223,7 +223,7 @@ def shift_network(model: nn.Module, need: Need) -> Recorder:
     """The weights of a :class:`tta.source.shift.ShiftNetwork`, trained on the features and labels of all source images.
 
     Returns:
-        its state, and ``prior`` (classes,), the share of images that a class has.
+        Its state, and ``prior`` (classes,), the share of images that a class has.
     """
     known: list[tuple[Tensor, Tensor]] = []
     classes = 0
