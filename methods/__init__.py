@@ -1,4 +1,4 @@
-"""The methods, one file each, found by their file names. ``tta.adapt`` lives here."""
+"""The methods, one file each, found by their file names; and ``tta.adapt``."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,13 +10,14 @@ from torch import nn
 
 from tta import config
 from tta.adapter import Adapter, Config, config_class
-from tta.source import Need, Source
+from tta.messages import nearest
+from tta.source import Need, SourceLike
 
 ENTRY_POINTS = "tta.methods"
 
 
 def available() -> list[str]:
-    """Names of all methods: the files of this folder and what installed packages add, sorted."""
+    """Names of all methods: the files of this folder and those that installed packages add, sorted."""
     own = {file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_")}
     return sorted(own | set(metadata.entry_points(group=ENTRY_POINTS).names))
 
@@ -29,23 +30,25 @@ def is_known(name: str) -> bool:
 def find(name: str) -> type[Adapter]:
     """The class of a method: the one ``Adapter`` subclass that its file defines.
 
-    ``gala:tent`` is what the function ``wrap`` of the first method's file makes of the class of the second.
+    For ``gala:tent`` it is the result of ``wrap``, a function in the first method's file, for the class of the second.
 
     Raises:
-        ConfigError: no method of that name; the nearest one is offered. Or the first method wraps no other.
+        ConfigError: no method of that name (the nearest one is offered), or the first method wraps no other.
     """
     outer, colon, inner = name.partition(":")
     if colon:
         module = import_module(find(outer).__module__)
         if not hasattr(module, "wrap"):
             raise config.ConfigError(f"'{outer}' wraps no other method: there is no '{name}'.")
-        return module.wrap(find(inner))
+        wrapped: type[Adapter] = module.wrap(find(inner))
+        return wrapped
     if name not in available():
         raise config.ConfigError(
-            f"No method '{name}'.{config.nearest(name, available())} There are: {', '.join(available())}."
+            f"No method '{name}'.{nearest(name, available())} There are: {', '.join(available())}."
         )
     if name in metadata.entry_points(group=ENTRY_POINTS).names:
-        return metadata.entry_points(group=ENTRY_POINTS)[name].load()
+        added: type[Adapter] = metadata.entry_points(group=ENTRY_POINTS)[name].load()
+        return added
     module = import_module(f"tta.methods.{name}")
     (found,) = (
         value
@@ -59,7 +62,7 @@ def adapt(
     model: nn.Module,
     method: str | type[Adapter],
     *,
-    source: Source | None = None,
+    source: SourceLike | None = None,
     preset: str | Mapping[str, Any] | None = None,
     copy: bool = True,
     **hparams: Any,
@@ -69,12 +72,12 @@ def adapt(
     Args:
         model: maps images (batch, channels, height, width) to logits (batch, classes). It is copied, never changed.
         method: a name of :func:`available`, or an ``Adapter`` subclass of your own.
-        source: what the method may know of the source domain: a tensor or dataset of images (split in order into
-            batches of ``source_batch_size``), an iterable of batches (they keep their size; labels are ignored), a
-            :class:`tta.SourceStatistics`, or the path of a saved one. A method that needs none does not look at it.
+        source: source images or statistics of them: a tensor or dataset of images (split in order into batches of
+            ``source_batch_size``), an iterable of batches (they keep their size; labels are ignored), a
+            :class:`tta.SourceStatistics`, or the path of a saved one. A method that needs none ignores it.
         preset: name of a benchmark whose published settings to start from (``"cifar10-c"``), or the settings.
         copy: ``False`` adapts the caller's own module in place.
-        hparams: hyper-parameters of the method, over the preset.
+        hparams: hyper-parameters of the method; they override the preset.
 
     Returns:
         An adapter: ``logits = adapter(images)`` predicts and learns.
@@ -98,7 +101,7 @@ def adapt(
 def source_needs(
     model: nn.Module, method: str | type[Adapter], *, preset: str | Mapping[str, Any] | None = None, **hparams: Any
 ) -> list[Need]:
-    """What a method must know of the source domain of this model, for :meth:`tta.SourceStatistics.record`.
+    """The source statistics that a method needs with this model, for :meth:`tta.SourceStatistics.record`.
 
     Args and errors are those of :func:`adapt`.
     """

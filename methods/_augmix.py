@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHAINS, DEPTH = 3, 3
-FILL = 128 / 255  # what comes in from outside the image
-SMALL = 100  # pixels; below, views are cropped as those of CIFAR, else as those of ImageNet
+FILL = 128 / 255  # value of pixels outside the image
+SMALL = 100  # pixels; smaller images are cropped as those of CIFAR, others as those of ImageNet
 
 
 def augmix_views(image: Tensor, number: int, generator: torch.Generator) -> Tensor:
@@ -91,7 +91,7 @@ def _autocontrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
 
 
 def _equalize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Even histograms, channel by channel, with the integer arithmetic of the Python Imaging Library."""
+    """Equalise the histogram of each channel, with the integer arithmetic of the Python Imaging Library."""
     values = (x * 255).round().long().flatten(2)  # (views, 3, pixels)
     histogram = torch.zeros(*values.shape[:2], 256, dtype=torch.int64, device=x.device)
     histogram.scatter_add_(2, values, torch.ones_like(values))
@@ -155,8 +155,10 @@ def _mapped(
     dy: Tensor | float = 0.0,
     centred: bool = False,
 ) -> Tensor:
-    """An output pixel at (x, y) is what lies at (xx x + xy y + dx, yx x + yy y + dy), in pixels from the top left corner
-    (or, ``centred``, from the middle); grey where that is outside."""
+    """Affine map: the output pixel at (x, y) is the input at (xx x + xy y + dx, yx x + yy y + dy), grey outside the image.
+
+    Coordinates are pixels from the top left corner, or from the middle if ``centred``.
+    """
     views, _, height, width = images.shape
     matrix = torch.zeros(views, 2, 3)
     for row, column, value in ((0, 0, xx), (0, 1, xy), (0, 2, dx), (1, 0, yx), (1, 1, yy), (1, 2, dy)):
@@ -168,6 +170,8 @@ def _mapped(
     size = torch.tensor([width, height], device=images.device)
     origin = size / 2 if centred else torch.zeros(2, device=images.device)
     places = torch.cat([torch.stack((x, y), -1) - origin, torch.ones_like(x)[..., None]], dim=-1)
-    source = (matrix[:, None, None] * places[..., None, :]).sum(-1) + origin  # no product that autocast would round
+    source = (matrix[:, None, None] * places[..., None, :]).sum(
+        -1
+    ) + origin  # a sum, as autocast would round a matrix product
     grid = (2 * source / size - 1).to(images.dtype)
     return F.grid_sample(images - FILL, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + FILL

@@ -16,19 +16,19 @@ from tta.source import Known, Need
 
 @dataclass
 class ContrastConfig(OptimizerConfig):
-    """Hyper-parameters of self-training beside a contrast with source prototypes.
+    """Hyper-parameters of self-training together with a contrast with source prototypes.
 
     Attributes:
         lambda_ce_trg: weight of the self-training.
         lambda_cont: weight of the contrast; 0 needs no source.
         temperature: of the contrast.
         projection_dim: width of the projector's hidden layer and output.
-        projector: from Python, a module that maps features to where they are contrasted, to start from; None draws one.
+        projector: from Python, the initial module that maps features to the space of the contrast; None draws one.
         augment: the views: ``"paper"`` (RGB images in [0, 1]), ``"none"`` (the images themselves once more), or from
             Python a callable that maps a batch to a view of it.
         source_labels: the source images come with their labels, as in the papers; else the source model's predictions
-            stand in.
-        source_batch_size: source images a batch; BatchNorm layers normalise by it.
+            are used.
+        source_batch_size: source images per batch; BatchNorm layers normalise by it.
     """
 
     lambda_ce_trg: float = 1.0
@@ -46,15 +46,14 @@ class ContrastConfig(OptimizerConfig):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "a weight of 0 or more")
         require(self.temperature > 0, f"temperature={self.temperature}", "a temperature above 0")
         require(self.projection_dim >= 1, f"projection_dim={self.projection_dim}", "1 or more")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         module = self.projector is None or isinstance(self.projector, nn.Module)
         require(module, f"projector={self.projector!r}", "a torch.nn.Module, or None")
         require(self.source_batch_size >= 1, f"source_batch_size={self.source_batch_size}", "1 image or more")
 
 
 def prototypes_need(model: nn.Module, config: ContrastConfig) -> list[Need]:
-    """What the contrast must know of the source: mean features of the classes, with BatchNorm layers as they adapt."""
+    """Source statistics of the contrast: mean features of the classes, with BatchNorm layers as they adapt."""
     if not config.lambda_cont:
         return []
     return [
@@ -70,7 +69,7 @@ def prototypes_need(model: nn.Module, config: ContrastConfig) -> list[Need]:
 
 def new_projector(width: int, dim: int, generator: torch.Generator) -> nn.Module:
     """Two linear layers with a ReLU between, (batch, width) -> (batch, dim), drawn as ``nn.Linear`` draws its weights."""
-    layers = [nn.utils.skip_init(nn.Linear, before, dim) for before in (width, dim)]
+    layers = [nn.utils.skip_init(nn.Linear, before, dim) for before in (width, dim)]  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for layer in layers:
             bound = layer.in_features**-0.5
@@ -80,16 +79,16 @@ def new_projector(width: int, dim: int, generator: torch.Generator) -> nn.Module
 
 
 class PrototypeContrast(nn.Module):
-    """A loss that draws together the features of an image, those of a view of it, and the source prototype nearest to it.
+    """Contrastive loss that pulls together the features of an image, of a view of it, and its nearest source prototype.
 
     Döbler et al., "Robust Mean Teacher for Continual and Gradual Test-Time Adaptation", CVPR 2023.
 
-    The projector, which maps features to where they are compared, adapts too.
+    The projector, which maps features to the space of the contrast, adapts too.
 
     Args:
-        known: what :meth:`tta.SourceStatistics.get` gives for :func:`prototypes_need`.
+        known: result of :meth:`tta.SourceStatistics.get` for :func:`prototypes_need`.
         config: see :class:`ContrastConfig`.
-        generator: what a new projector is drawn from, on the CPU.
+        generator: on the CPU; a new projector is drawn from it.
     """
 
     prototypes: Tensor  # (classes, width)
@@ -120,21 +119,21 @@ class PrototypeContrast(nn.Module):
 
 
 def contrastive(views: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy: views of one thing are alike, and unlike those of all others.
+    """Normalised temperature-scaled cross-entropy: views of one item attract each other, and repel those of all others.
 
-    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, each thing a class of its own.
+    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, with each item as a class of its own.
 
     Args:
-        views: (views, things, width), two views or more; their lengths do not count.
+        views: (views, items, width), two views or more; normalised here.
         temperature: above 0.
 
     Returns:
-        A scalar, the mean over every view as the anchor and every other view of the same thing.
+        A scalar, the mean over every view as the anchor and every other view of the same item.
     """
-    number, things = views.shape[:2]
+    number, items = views.shape[:2]
     vectors = F.normalize(views.float(), dim=2).flatten(0, 1)
     similarity = matmul(vectors, vectors.T) / temperature
     itself = torch.eye(len(vectors), dtype=torch.bool, device=views.device)
-    same = torch.eye(things, dtype=torch.bool, device=views.device).repeat(number, number) & ~itself
+    same = torch.eye(items, dtype=torch.bool, device=views.device).repeat(number, number) & ~itself
     log_share = similarity.masked_fill(itself, -torch.inf).log_softmax(1)
-    return -torch.where(same, log_share, 0).sum() / (number * things * (number - 1))
+    return -torch.where(same, log_share, 0).sum() / (number * items * (number - 1))

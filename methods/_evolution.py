@@ -1,4 +1,4 @@
-"""Minimisation without gradients: an evolution strategy whose whole state are buffers."""
+"""Minimisation without gradients: an evolution strategy with all its state in buffers."""
 
 import math
 from collections.abc import Callable
@@ -11,14 +11,14 @@ class CMAES(nn.Module):
     """Covariance matrix adaptation: sample a Gaussian, rank the samples, move the Gaussian towards the best of them.
 
     Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv 1604.00772, with its constants and negative weights (active
-    CMA); Hansen, "Injecting External Solutions into CMA-ES", arXiv 1110.4181. It goes as the package ``cma`` (4.5) does.
+    CMA); Hansen, "Injecting External Solutions into CMA-ES", arXiv 1110.4181. It computes as the package ``cma`` (4.5) does.
 
-    Everything is float64 and lies on the CPU, wherever the adapter goes. Memory is two matrices of ``dimension`` squared;
-    their eigendecomposition is put off for some ``dimension / 150`` rounds.
+    Everything is float64 and stays on the CPU when the adapter moves. Memory is two matrices of ``dimension`` squared;
+    their eigendecomposition is renewed only every ``dimension / 150`` rounds, about.
 
     Args:
         dimension: of the vectors.
-        population: samples a round.
+        population: samples per round.
         sigma: standard deviation of the first samples, around zero.
     """
 
@@ -90,8 +90,8 @@ class CMAES(nn.Module):
         Args:
             solutions: (number, dimension), at least as many as half the population.
             fitness: (number,), smaller is better.
-            injected: how many of the solutions, the last ones, are not samples of this round: a step of theirs that is
-                longer than likely is cut.
+            injected: number of solutions, the last ones, that are not samples of this round: their steps are shortened
+                if they are improbably long.
         """
         n = len(self.mean)
         steps = (solutions - self.mean) / self.sigma
@@ -111,7 +111,7 @@ class CMAES(nn.Module):
 
         rate = self.rate_path
         self.path.mul_(1 - rate).add_(move * settled, alpha=math.sqrt(rate * (2 - rate) * self.mass))
-        kept = 1.0 if settled else 1 - rate * (2 - rate)  # what a path that stands still takes from the variance
+        kept = 1.0 if settled else 1 - rate * (2 - rate)  # the tutorial's correction for a path that stands still
         zeros = steps.new_zeros(len(steps) - len(self.better) - len(self.worse))
         weights = torch.cat([self.better, zeros, self.worse]) * self.rate_mu
         total = self.rate_one * kept + weights.sum()

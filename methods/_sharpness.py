@@ -1,4 +1,4 @@
-"""Sharpness-aware steps: the gradient is taken where the loss around the weights is highest, the step from the weights."""
+"""Sharpness-aware steps: the gradient is taken where the loss around the weights is highest, then applied to the weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def perturbed(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | N
         scale = rho / (get_total_norm([gradient for _, gradient in reached]) + 1e-12)
         for parameter, gradient in reached:
             parameter.add_(gradient * scale)
-    torch.clear_autocast_cache()  # autocast keeps casts of the weights as they were
+    torch.clear_autocast_cache()  # autocast keeps casts of the unmoved weights
     try:
         yield
     finally:

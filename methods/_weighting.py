@@ -1,4 +1,4 @@
-"""Self-training on certain and diverse predictions, and the prior of a batch: what ROID and its successors share.
+"""Self-training on certain and diverse predictions, and prior correction: shared by ROID and its successors.
 
 Marsden et al., "Universal Test-time Adaptation through Weight Ensembling, Diversity Weighting, and Prior Correction",
 WACV 2024.
@@ -32,7 +32,7 @@ class WeightingConfig(OptimizerConfig):
         temperature: of the weights.
         augment: the views: ``"paper"`` (RGB images in [0, 1]), ``"none"`` (the images themselves once more), or from
             Python a callable that maps a batch to a view of it.
-        batch_size: what the sum of the losses is divided by; None for the number of images in the batch. The released
+        batch_size: divisor of the sum of the losses; None for the number of images in the batch. The released
             code takes the stream's batch size, so that a smaller last batch makes a smaller step.
     """
 
@@ -50,13 +50,12 @@ class WeightingConfig(OptimizerConfig):
         require(self.prior_correction in forms, f"prior_correction={self.prior_correction!r}", f"one of {forms}")
         require(0 <= self.momentum_probs <= 1, f"momentum_probs={self.momentum_probs}", "a share in [0, 1]")
         require(self.temperature > 0, f"temperature={self.temperature}", "a temperature above 0")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.batch_size is None or self.batch_size >= 1, f"batch_size={self.batch_size}", "1 or more")
 
 
 class SelfTraining(nn.Module):
-    """The loss of a batch, soft likelihood ratios weighted by certainty and diversity, and what it remembers for that.
+    """Loss of a batch: soft likelihood ratios, weighted by certainty and by diversity from the average prediction so far.
 
     Args:
         config: see :class:`WeightingConfig`.
@@ -88,7 +87,7 @@ class SelfTraining(nn.Module):
             weights = torch.ones_like(logits[:, 0])
         loss = (weights * soft_likelihood_ratio(logits)).sum()
         if config.use_consistency:
-            # A view is normalised by those that teach alone: a GPU has to be waited for to know how many these are.
+            # The view's BatchNorm statistics are of samples that teach only: their number has to be waited for on a GPU.
             taught = weights.nonzero()[:, 0]
             difference = symmetric_cross_entropy(model(view(x[taught])), logits[taught])
             loss = loss + (weights[taught] * difference).sum()
@@ -96,7 +95,7 @@ class SelfTraining(nn.Module):
 
     @torch.no_grad()
     def remember(self, logits: Tensor, when: Tensor) -> None:
-        """Let the predictions of a batch enter the average, if ``when`` (a boolean scalar) is true."""
+        """Update the average with the predictions of a batch, if ``when`` (a boolean scalar) is true."""
         assert self.average is not None
         average = torch.lerp(logits.softmax(1).mean(0), self.average, self.config.momentum_probs)
         self.average = torch.where(when, average, self.average)
@@ -138,7 +137,7 @@ def prior_corrected(logits: Tensor, form: PriorCorrection) -> Tensor:
 
     Args:
         logits: (batch, classes).
-        form: what the prior is multiplied with; see :class:`WeightingConfig`.
+        form: the factor that the prior multiplies; see :class:`WeightingConfig`.
 
     Returns:
         Logits, (batch, classes).
@@ -153,6 +152,6 @@ def prior_corrected(logits: Tensor, form: PriorCorrection) -> Tensor:
 
 
 def _rescaled(values: Tensor) -> Tensor:
-    """To [0, 1]; all zeros where they are all the same, as in a batch of one."""
+    """Values scaled to [0, 1]; all zeros if they are equal, as in a batch of one."""
     low, high = values.min(), values.max()
     return (values - low) / torch.where(high == low, 1, high - low)

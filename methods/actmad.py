@@ -19,11 +19,11 @@ class ActMADConfig(OptimizerConfig):
     """The defaults are the released code's for CIFAR-10.
 
     Attributes:
-        score: which logits are scored, those of the forward ``"before"`` the step or of a second one ``"after"`` it.
+        score: logits that are scored: those of the forward ``"before"`` the step or of a second one ``"after"`` it.
         layers: names or shell patterns of normalisation layers (``["layer3.*", "bn1"]``); None for all.
-        position: match the ``"output"`` of a layer, or the ``"activation"`` that a ReLU makes of it. The released CIFAR
-            code matches the activation wherever an in-place ReLU follows, as in its Wide ResNets.
-        source_batch_size: source images a batch; means and variances are taken within a batch and averaged.
+        position: match the ``"output"`` of a layer, or the ``"activation"``, its output after a ReLU. The released CIFAR
+            code matches the activation if an in-place ReLU follows, as in its Wide ResNets.
+        source_batch_size: source images per batch; means and variances are taken within a batch and averaged.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
@@ -45,30 +45,30 @@ class ActMADConfig(OptimizerConfig):
 def moments_need(
     model: nn.Module, layers: Sequence[str] | None = None, position: str = "output", batch_size: int | None = None
 ) -> Need:
-    """What activation matching must know of the source: location-wise moments at normalisation layers.
+    """Source statistics of activation matching: location-wise moments at normalisation layers.
 
     Args:
         model: any module with normalisation layers; classifiers, detectors and segmenters alike.
         layers, position: as in :class:`ActMADConfig`.
-        batch_size: source images a batch.
+        batch_size: source images per batch.
 
     Raises:
         ValueError: the model has no such layers.
     """
-    norms.layers(model)  # names what is missing
+    norms.layers(model)  # raises an error that says what is missing
     chosen = taps.select([name for name, _ in norms.named_layers(model)], layers)
     return Need("activation_moments", tuple(chosen), batch_size=batch_size, settings={"position": position})
 
 
 class ActivationAlignment(nn.Module):
-    """How far the activations of a batch are from the source's: half the sum over layers of two mean absolute differences.
+    """Distance of a batch's activations from the source's: half the sum over layers of two mean absolute differences.
 
-    One is of the means over the batch, the other of the unbiased variances, location by location. It works with any
-    module whose activations keep their shape, whatever its output.
+    One is that of the means over the batch, the other that of the unbiased variances, location by location. It works with
+    any module whose activations keep their shape, for any kind of output.
 
     Args:
         need: made by :func:`moments_need`.
-        known: what :meth:`tta.SourceStatistics.get` gives for it.
+        known: result of :meth:`tta.SourceStatistics.get` for it.
 
     Example:
         >>> import torch, torchvision, tta
@@ -90,7 +90,7 @@ class ActivationAlignment(nn.Module):
             self.register_buffer(f"var{number}", known[f"{name}.var"])
 
     def forward(self, model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
-        """What the model returns for the images, and the loss of that same forward.
+        """Output of the model for the images, and the loss of that same forward.
 
         Raises:
             ValueError: images of another size than the source's, or fewer than the two that a variance takes.

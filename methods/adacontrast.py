@@ -25,9 +25,9 @@ class AdaContrastConfig(OptimizerConfig):
         alpha, beta, eta: weights of the classification, the contrast and the diversity.
         augment: ``"paper"`` (RGB images in [0, 1]): a mirrored view, and two that change colours and blur as well;
             ``"none"``, or from Python a callable that maps a batch to a view of it.
-        bank: which samples a new one replaces when the neighbours are full, the ``"oldest"`` or, for one batch, those of
-            the ``"released"`` code: the newest.
-        mask: by which labels keys of a view's own class are left out: ``"keys"``, their own, or, as ``"released"``, those of
+        bank: samples that new ones replace when the neighbours are full: the ``"oldest"``, or for one batch the newest, as
+            in the ``"released"`` code.
+        mask: labels by which keys of a view's own class are left out: ``"keys"``, their own, or, as ``"released"``, those of
             the keys that replace them.
         initial_keys: (queue_size, width), of length 1, that the queue starts with; None draws them.
         initial_labels: (queue_size,), their classes; None draws them.
@@ -59,8 +59,7 @@ class AdaContrastConfig(OptimizerConfig):
         known = 1 <= self.neighbours <= self.queue_size
         require(known, f"neighbours={self.neighbours}", f"1 to queue_size={self.queue_size}")
         require(self.refine_after >= 0, f"refine_after={self.refine_after}", "0 or more samples")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.bank in ("oldest", "released"), f"bank={self.bank!r}", "'oldest' or 'released'")
         require(self.mask in ("keys", "released"), f"mask={self.mask!r}", "'keys' or 'released'")
 
@@ -68,7 +67,7 @@ class AdaContrastConfig(OptimizerConfig):
 class AdaContrast(Adapter):
     """Learn pseudo-labels refined by neighbours, and features that set a view apart from those of other classes.
 
-    Chen et al., "Contrastive Test-Time Adaptation", CVPR 2022; features are the input of the head, whatever it is.
+    Chen et al., "Contrastive Test-Time Adaptation", CVPR 2022; features are the input of the head, whatever layer that is.
 
     All parameters adapt. BatchNorm layers normalise a step by its views, which also move their statistics, and predict by
     these. Scored are the logits after the update. The diversity is the batch's: it hurts where batches hold few classes.
@@ -96,7 +95,7 @@ class AdaContrast(Adapter):
             keys = F.normalize(torch.randn(shape, generator=self.generator))
         if labels is None:
             labels = torch.randint(head.out_features, shape[:1], generator=self.generator)
-        keys, labels = (torch.as_tensor(value).clone() for value in (keys, labels))  # what is given stays as it is
+        keys, labels = (torch.as_tensor(value).clone() for value in (keys, labels))  # the given tensors are not changed
         require(keys.shape == shape, f"initial_keys of shape {tuple(keys.shape)}", f"{shape}")
         require(labels.shape == shape[:1], f"initial_labels of shape {tuple(labels.shape)}", f"{shape[:1]}")
         buffers = {
@@ -164,7 +163,7 @@ class AdaContrast(Adapter):
 
     @torch.no_grad()
     def _put(self, start: Tensor, *queues: tuple[Tensor, Tensor]) -> None:
-        """Put a row for each sample into the queues, from a place on and round; nothing of a batch that is not finite."""
+        """Write a row for each sample into the ring buffers, from ``start`` on; nothing if the batch is not finite."""
         size = self.config.queue_size
         number = len(queues[0][1])
         slots = (start + torch.arange(number, device=start.device))[-size:] % size

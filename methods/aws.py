@@ -27,8 +27,8 @@ class AWSConfig(OptimizerConfig):
         augment: the view: ``"paper"`` (RGB images in [0, 1]), ``"none"`` (the image once more), or from Python a callable
             that maps a batch to a view of it.
         source_labels: the source images come with their labels, as in the paper; else the source model's predictions
-            stand in.
-        source_batch_size: source images a batch; BatchNorm layers normalise by it.
+            are used.
+        source_batch_size: source images per batch; BatchNorm layers normalise by it.
     """
 
     lr: float = 1e-4
@@ -45,8 +45,7 @@ class AWSConfig(OptimizerConfig):
         for name in ("lambda_con", "lambda_kd", "lambda_mutual"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "a weight of 0 or more")
         require(self.temperature > 0, f"temperature={self.temperature}", "a temperature above 0")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.source_batch_size >= 1, f"source_batch_size={self.source_batch_size}", "1 image or more")
 
 
@@ -55,7 +54,7 @@ class AWS(Adapter):
 
     Han et al., "When Test-Time Adaptation Meets Self-Supervised Models", arXiv 2506.23529 2025.
 
-    A reconstruction from what others wrote of it: neither paper nor code could be read, so expect numbers of your own.
+    A reconstruction from what others wrote about it: neither paper nor code could be read; expect other numbers.
     Known are the prototype classifier (cosine similarity to class means, frozen) on a self-supervised backbone, the target
     model with a head that learns, and three losses: a contrast, a distillation from the backbone's first features, and an
     asymmetric mutual one. Read here as: the target model maximises the mutual information of its predictions, the

@@ -18,7 +18,7 @@ class CAFAConfig(OptimizerConfig):
     Attributes:
         shrinkage: share of the mean variance in the covariance of the features within a class.
         labelled: the source images come with labels, as in the paper; else classes are those that the model predicts.
-        source_batch_size: source images a batch; it does not change the statistics.
+        source_batch_size: source images per batch; it does not change the statistics.
     """
 
     shrinkage: float = 0.1
@@ -36,16 +36,16 @@ class CAFA(Adapter):
 
     Jung et al., "CAFA: Class-Aware Feature Alignment for Test-Time Adaptation", ICCV 2023.
 
-    A reconstruction from the abstract and what others wrote of it: neither code nor constants could be read, so expect
-    numbers of your own. The loss is the mean logarithm of two Mahalanobis distances, to the predicted class and to
-    the others together; one covariance, that within the classes, stands for all of them. The affine parameters
+    A reconstruction from the abstract and what others wrote about it: neither code nor constants could be read, so expect
+    other numbers. The loss is the mean logarithm of two Mahalanobis distances, to the predicted class and to
+    the others together; one covariance, that within the classes, is used for all of them. The affine parameters
     of the normalisation layers adapt; BatchNorm layers normalise by the batch. Scored are the logits before the step.
     """
 
     config: CAFAConfig
     class_mean: Tensor  # (classes, width), whitened
     whitening: Tensor  # (width, width)
-    present: Tensor  # (classes,), whether the source has images of the class
+    present: Tensor  # (classes,), boolean: the source has images of the class
 
     @classmethod
     def source_needs(cls, model: nn.Module, config: CAFAConfig) -> list[Need]:
@@ -61,9 +61,8 @@ class CAFA(Adapter):
         (known,) = self.known
         share = known["class_count"] / known["class_count"].sum()
         centred = known["class_mean"] - known["mean"]
-        within = known["covariance"] - matmul(
-            centred.T * share, centred
-        )  # the whole covariance, less that of the means
+        between = matmul(centred.T * share, centred)  # covariance of the class means
+        within = known["covariance"] - between
         mean_variance = within.diagonal().mean()
         within = (1 - self.config.shrinkage) * within + self.config.shrinkage * mean_variance * torch.eye(
             len(within), device=self.device

@@ -21,8 +21,8 @@ class CMFConfig(WeightingConfig):
     Attributes:
         alpha: share of itself that the hidden model keeps in the prediction step; the rest is the source's.
         gamma: share of themselves that the weights keep after each step; the rest comes from the hidden model's.
-        q: variance of the process noise, for 38 400 adapted parameters: scaled by how many there are. The noise of an
-            observation is one minus that.
+        q: variance of the process noise for 38 400 adapted parameters; it is scaled by their number. The variance of the
+            observation noise is one minus that.
     """
 
     alpha: float = 0.99

@@ -18,7 +18,7 @@ class ConjugatePLConfig(OptimizerConfig):
         epsilon: weight of the first polynomial term of PolyLoss. It belongs to the loss that the source model was
             trained with: 6 is the paper's, with 0, the cross-entropy, the method is Tent.
         temperature: divides the logits in the loss.
-        score: which logits are scored, those of the forward ``"before"`` the step or of a second one ``"after"`` it, as
+        score: logits that are scored: those of the forward ``"before"`` the step or of a second one ``"after"`` it, as
             the released program does.
     """
 

@@ -42,8 +42,7 @@ class CoTTAConfig(OptimizerConfig):
         require(0 <= self.rst_m <= 1, f"rst_m={self.rst_m}", "a probability in [0, 1]")
         require(self.views >= 1, f"views={self.views}", "1 or more")
         require(self.views_at_once >= 1, f"views_at_once={self.views_at_once}", "1 or more")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
 
 
 class CoTTA(Adapter):
@@ -53,8 +52,8 @@ class CoTTA(Adapter):
 
     All parameters called ``weight`` or ``bias`` adapt, in any architecture. Scored are the teacher's logits, which
     are the student's target, from before the step. The confidence that decides about views is that of the source
-    weights, the anchor, under the batch's statistics. It is one decision a batch, so results depend on how batches are
-    composed; small ones are served badly (BatchNorm layers normalise by the batch).
+    weights, the anchor, under the batch's statistics. It is one decision per batch, so results depend on how batches are
+    composed; small ones give poor results (BatchNorm layers normalise by the batch).
     """
 
     config: CoTTAConfig
@@ -90,7 +89,7 @@ class CoTTA(Adapter):
         return target
 
     def _is_uncertain(self, x: Tensor) -> bool:
-        """Whether the anchor's mean confidence asks for views. The one answer a batch that a GPU is waited for."""
+        """Whether the anchor's mean confidence is below ``ap``; the only wait for a GPU in a batch."""
         if self.config.augment == "none":  # the average of equal views is the prediction without them
             return False
         return bool(confidence(self.predict_as_source(x)).mean() < self.config.ap)
@@ -102,7 +101,7 @@ class CoTTA(Adapter):
 
     @torch.no_grad()
     def _restore(self, when: Tensor) -> None:
-        """Return random single weights to the source; drawn on the device."""
+        """Set random single weights back to the source; drawn on the device."""
         if self.config.rst_m == 0:
             return
         generator = augment.generator_on(when.device, self.generator)

@@ -21,7 +21,7 @@ class DeYOConfig(OptimizerConfig):
     Attributes:
         margin: samples of a higher entropy (nats) teach nothing; None for the paper's 0.5 ln(classes).
         margin_e0: entropy at which the entropy's part of a weight is one; None for the paper's 0.4 ln(classes).
-        plpd_threshold: how much of the predicted class's probability the destruction must cost, for a sample to teach.
+        plpd_threshold: a sample teaches if the destruction lowers the predicted class's probability by more than this.
         reweight_ent: let surer samples weigh more.
         reweight_plpd: let samples that lose more probability weigh more. Without either, all weigh the same.
         augment: how objects are destroyed: ``"patch"`` (shuffled patches), ``"pixel"`` (shuffled pixels, the same way in
@@ -53,7 +53,7 @@ class DeYO(Adapter):
 
     Lee et al., "Entropy is not Enough for Test-Time Adaptation: From the Perspective of Disentangled Factors", ICLR 2024.
 
-    Whether it does shows where the object is destroyed: the pseudo-label's probability must fall (the pseudo-label
+    The shape is tested by destroying the object: the pseudo-label's probability must fall (the pseudo-label
     probability difference, PLPD). The affine parameters of the normalisation layers adapt; BatchNorm layers normalise by
     the batch, destroyed images by those that are sure. A batch that teaches nothing makes no step. Scored are the logits
     before the step.
@@ -73,10 +73,9 @@ class DeYO(Adapter):
         for _ in range(config.steps):
             logits = self.predict(x)
             entropies, classes = entropy(logits), logits.shape[1]
-            # Destroyed images are normalised among themselves: a GPU has to be waited for to know how many these are.
-            sure = reliable(entropies, 0.5 * math.log(classes) if config.margin is None else config.margin).nonzero()[
-                :, 0
-            ]
+            margin = 0.5 * math.log(classes) if config.margin is None else config.margin
+            # Destroyed images are normalised among themselves: their number has to be waited for on a GPU.
+            sure = reliable(entropies, margin).nonzero()[:, 0]
             if not len(sure):
                 continue
             entropies = entropies[sure]
@@ -91,7 +90,7 @@ class DeYO(Adapter):
         return logits
 
     def _loss_of_confidence(self, x: Tensor, before: Tensor) -> Tensor:
-        """How much less probable the predicted class becomes when the object is destroyed, (batch,)."""
+        """Drop of the predicted class's probability when the object is destroyed, (batch,)."""
         choice = self.config.augment
         destroyed = choice(x) if callable(choice) else DESTRUCTIONS[choice](x, self.config.patch_len, self.generator)
         label = before.argmax(1, keepdim=True)
@@ -101,7 +100,7 @@ class DeYO(Adapter):
 def shuffle_patches(x: Tensor, patches: int, generator: torch.Generator) -> Tensor:
     """Cut each image into ``patches`` by ``patches`` pieces and put them back in an order of its own.
 
-    Sides that cannot be divided are made smaller for it and larger afterwards.
+    Sides that ``patches`` does not divide are made smaller before and larger afterwards.
     """
     images, channels, *size = x.shape
     height, width = (side // patches for side in size)

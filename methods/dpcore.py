@@ -22,15 +22,15 @@ class DPCoreConfig(OptimizerConfig):
         steps_new: optimizer steps on a batch of a new domain; ``steps`` on one of a known domain.
         rho: a domain is known if the weighted prompts bring the features below ``rho`` times the distance without them.
         tau: temperature of the weights of the coreset's elements.
-        alpha: rate at which elements follow a known domain, times their weight: near 1 the one that fits best is nearly
-            overwritten by every batch (no slow moving average, as elsewhere).
+        alpha: rate at which elements follow a known domain, times their weight: near 1 every batch nearly overwrites the
+            element that fits best (not a slow moving average, as elsewhere).
         lambda_: weight of the distance between standard deviations.
-        source_samples: source images whose features count, the first so many; None for all given.
-        source_filter: leave out source images with a predicted entropy above so many nats; None for none, ``2.454``
+        source_samples: number of source images whose features count, the first ones; None for all given.
+        source_filter: entropy in nats above which source images are left out; None for no filter, ``2.454``
             (ln(1000) / 2 - 1) in the released code, which has random prompts while it filters.
-        source_batch_size: source images a batch; it does not change the statistics.
+        source_batch_size: source images per batch; it does not change the statistics.
         initial_prompts: (1, num_prompts, width), that every new domain starts from; None draws them.
-        capacity: elements the coreset holds. A new one then takes the place of that with the statistics nearest to it.
+        capacity: largest number of elements in the coreset. A further one replaces that with the nearest statistics.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "adamw"
@@ -75,7 +75,7 @@ class DPCore(Adapter):
 
     Zhang et al., "DPCore: Dynamic Prompt Coreset for Continual Test-Time Adaptation", ICML 2025.
 
-    For any timm ``VisionTransformer``, whatever its width and pooling; its weights are frozen. Scored are the logits of
+    For any timm ``VisionTransformer``, of any width and pooling; its weights are frozen. Scored are the logits of
     the last forward before its step. A single image is predicted with the prompts of the elements its features are
     nearest to, and neither learned from nor kept. ``source=`` gives unlabelled source images.
     """
@@ -84,8 +84,8 @@ class DPCore(Adapter):
     source_mean: Tensor
     source_std: Tensor
     initial: Tensor
-    # The coreset. An element's moments are those of features without prompts when it is made; from then on it is pulled
-    # to features with prompts, as published. (capacity, width) twice, (capacity, num_prompts, width), and how many are in use.
+    # The coreset. A new element has the moments of features without prompts; later it is pulled to features with prompts,
+    # as published. (capacity, width) twice, (capacity, num_prompts, width), and the number of elements in use.
     means: Tensor
     stds: Tensor
     prompt_sets: Tensor
@@ -93,7 +93,7 @@ class DPCore(Adapter):
 
     @classmethod
     def source_needs(cls, model: nn.Module, config: DPCoreConfig) -> list[Need]:
-        taps.vision_transformer(model)  # names what is missing
+        taps.vision_transformer(model)  # raises an error that says what is missing
         settings = {"samples": config.source_samples, "max_entropy": config.source_filter}
         return [Need("feature_moments", (taps.head(model),), settings=settings)]
 
@@ -121,7 +121,7 @@ class DPCore(Adapter):
 
     @property
     def coreset_size(self) -> int:
-        """Elements in the coreset; about one a domain is usual."""
+        """Number of elements in the coreset; about one per domain is usual."""
         return int(self.size)
 
     def adapt(self, x: Tensor) -> Tensor:
@@ -131,10 +131,10 @@ class DPCore(Adapter):
                 return self.predict(x)
             logits, plain = self._look(x)
             distance = self._distance(plain, self._source_moments)
-            if not distance.isfinite():  # would be an element that spoils every weight from now on
+            if not distance.isfinite():  # as an element it would spoil every weight from now on
                 return logits
         self.optimizer.state.clear()  # the steps on each batch start without momentum
-        # Which branch is taken decides between 1 and 50 steps: here the host has to wait for the device.
+        # The branch decides between 1 and 50 steps: here the host has to wait for the device.
         if self.coreset_size:
             weights = self._weights(plain)
             self._set_prompts(self._blend(weights))
@@ -150,7 +150,7 @@ class DPCore(Adapter):
         return logits
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits with the weighted prompts where they bring the batch as near to the source as a known domain, or without."""
+        """Logits with the weighted prompts if these bring the batch as near to the source as a known domain, else without."""
         logits, plain = self._look(x)
         if not self.coreset_size:
             return logits
@@ -177,13 +177,13 @@ class DPCore(Adapter):
         return logits, Moments(mean, std)
 
     def _distance(self, moments: Moments, others: Moments) -> Tensor:
-        distance = (moments.mean - others.mean).norm(dim=-1)
-        if moments.std is None or others.std is None:
-            return distance
-        return distance + self.config.lambda_ * (moments.std - others.std).norm(dim=-1)
+        distance: Tensor = (moments.mean - others.mean).norm(dim=-1)
+        if moments.std is not None and others.std is not None:
+            distance = distance + self.config.lambda_ * (moments.std - others.std).norm(dim=-1)
+        return distance
 
     def _learn(self, x: Tensor, steps: int, first: tuple[Tensor, Moments] | None = None) -> tuple[Tensor, Moments]:
-        """Step the prompts down the distance to the source; what the last forward gave, before its step."""
+        """Optimise the prompts for the distance to the source; logits and moments of the last forward, before its step."""
         for _ in range(steps):
             logits, moments = first or self._look(x, self.prompts)
             first = None
@@ -200,7 +200,8 @@ class DPCore(Adapter):
         return torch.arange(self.config.capacity, device=self.device) < self.size
 
     def _blend(self, weights: Tensor) -> Tensor:
-        return torch.tensordot(weights, self.prompt_sets, 1)[None]
+        prompts: Tensor = torch.tensordot(weights, self.prompt_sets, 1)
+        return prompts[None]
 
     @torch.no_grad()
     def _set_prompts(self, value: Tensor) -> None:
@@ -217,7 +218,7 @@ class DPCore(Adapter):
 
     @torch.no_grad()
     def _keep(self, plain: Moments) -> None:
-        """A new element; a full coreset gives it the place of the nearest one."""
+        """Add an element; in a full coreset it replaces the nearest one."""
         assert plain.std is not None
         full = self.coreset_size == self.config.capacity
         place = self._distance(plain, Moments(self.means, self.stds)).argmin() if full else self.size.clone()

@@ -21,12 +21,13 @@ class EATAConfig(OptimizerConfig):
         e_margin: entropy in nats above which a sample is unreliable; None for 0.4 ln(classes).
         d_margin: cosine similarity with the average prediction above which a sample is redundant, in (0, 1]. With few
             classes two predictions are seldom less alike than 0.05, the value for ImageNet.
-        fisher_alpha: weight of the anti-forgetting penalty; 0 is ETA, which needs no source. It belongs to the batch
-            size of the source images, as the Fisher information does.
-        fisher_batch_size: source images a batch; None for ``source_batch_size``.
-        source_batch_size: the same by its common name.
-        keep_average: a reset leaves the average prediction as it is, as in the released code: what one domain taught
-            then filters the next.
+        fisher_alpha: weight of the anti-forgetting penalty; 0 is ETA, which needs no source. The right value depends on
+            the batch size of the source images, as the Fisher information does.
+        fisher_batch_size: source images per batch; None for ``source_batch_size``. It is EATA's own name for the size, and
+            wins if both are given.
+        source_batch_size: the same, by the name that all methods with a source share.
+        keep_average: a reset leaves the average prediction as it is, as in the released code: one domain then influences
+            the filter of the next.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"

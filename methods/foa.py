@@ -19,11 +19,11 @@ class FOAConfig(Config):
 
     Attributes:
         num_prompts: prompt tokens; 0 leaves the shift of the features alone (FOA-Shift).
-        population: prompts sampled for a batch, each at the cost of a forward; the last batch's best is tried besides.
+        population: prompts sampled for a batch, each at the cost of a forward; the last batch's best is tried too.
         lambda_: weight of the distance to the source's statistics, against the entropy.
         gain: share of the way back to the source's mean that the features are shifted.
         alpha: share of a batch in the moving average of the test features.
-        source_batch_size: source images a batch; it does not change the statistics.
+        source_batch_size: source images per batch; it does not change the statistics.
         initial_prompts: (1, num_prompts, width), tried with the first batch; None draws them.
     """
 
@@ -49,7 +49,7 @@ class FOA(Adapter):
     Niu et al., "Test-Time Model Adaptation with Only Forward Passes", ICML 2024.
 
     For any timm ``VisionTransformer`` with a class token; its weights are frozen, so that it may be quantised. Prompts are
-    the better the surer the predictions and the nearer the class tokens of all blocks to the source's mean and standard
+    better if the predictions are surer and the class tokens of all blocks nearer to the source's mean and standard
     deviation. Scored is the best of the prompts tried. A single image has no standard deviation: it is predicted with the
     best prompts so far and not learned from. ``source=`` gives unlabelled source images.
     """
@@ -83,7 +83,7 @@ class FOA(Adapter):
             self.search = CMAES(prompts.numel(), config.population)
 
     def adapt(self, x: Tensor) -> Tensor:
-        if len(x) < 2 or not self.input_is_finite:
+        if len(x) < 2 or not self.input_finite:
             return self.predict(x)
         with torch.no_grad():
             candidates = self._candidates()
@@ -103,7 +103,7 @@ class FOA(Adapter):
         return self._shifted(features, logits)
 
     def _candidates(self) -> Tensor:
-        """Prompts to try, (number, 1, num_prompts, width): samples, and at last the best of the batch before."""
+        """Prompts to try, (number, 1, num_prompts, width): samples, and last the best of the batch before."""
         if not self.config.num_prompts:
             return self.prompts[None]
         sampled = self.search.ask(self._normals()).view(-1, *self.prompts.shape)
@@ -114,11 +114,11 @@ class FOA(Adapter):
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def _try(self, x: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How bad the prompts are (a scalar), the logits to score, and the mean feature."""
+        """Fitness of the prompts (a scalar, smaller is better), the logits to score, and the mean feature."""
         features, logits = self._look(x, prompts.float().to(x.device))
         std, mean = torch.std_mean(features, dim=0)
         distance = (std - self.source_std).square().sum() + (mean - self.source_mean).square().sum()
-        # The entropy is a sum over the batch; the paper's batch of 64 says what the distance weighs against it.
+        # The entropy is a sum over the batch, so the distance grows with it: lambda_ is for the paper's batch of 64.
         fitness = self.config.lambda_ * distance * len(x) / 64 + entropy(logits).sum()
         return fitness, self._shifted(features, logits), mean[-self._width :]
 
@@ -129,7 +129,7 @@ class FOA(Adapter):
         return features, logits_of(output)
 
     def _shifted(self, features: Tensor, logits: Tensor) -> Tensor:
-        """The logits, once a batch was seen those of features moved towards the source's mean."""
+        """The logits; after the first batch, those of features shifted towards the source's mean."""
         if self.test_mean is None:
             return logits
         shift = self.config.gain * (self.source_mean[-self._width :] - self.test_mean)
@@ -137,5 +137,5 @@ class FOA(Adapter):
 
     @property
     def _width(self) -> int:
-        """Of the features, the input of the head."""
+        """Width of the features, the input of the head."""
         return self.prompts.shape[2]

@@ -15,12 +15,12 @@ from tta.adapter import Adapter, Config, OptimizerConfig, config_class, require
 
 @dataclass
 class SelectionConfig(Config):
-    """What GALA adds to the settings of the method it wraps; the defaults are the paper's.
+    """Settings that GALA adds to those of the method it wraps; the defaults are the paper's.
 
     Attributes:
         window: steps after which displacements are measured from a new anchor.
         threshold: cosine between a layer's step and its displacement after it, above which the layer may step.
-        select: the ``"best"`` layer alone steps, as published, or ``"all"`` above the threshold.
+        select: only the ``"best"`` layer steps, as published, or ``"all"`` above the threshold.
     """
 
     window: int = 20
@@ -48,12 +48,12 @@ class GALA(Adapter):
 
     Sahoo et al., "A Layer Selection Approach to Test Time Adaptation", AAAI 2025.
 
-    ``gala:tent`` is Tent so. Alone, it is what the paper calls pseudo-labelling with GALA: cross-entropy with the model's
+    ``gala:tent`` is Tent with GALA. Alone, it is the paper's pseudo-labelling with GALA: cross-entropy with the model's
     own predictions over all parameters, scored after the step; BatchNorm layers normalise by the batch. A layer is a
-    module with parameters of its own. It agrees as far as its step points along its displacement since the
-    anchor, the weights at the beginning of a window of steps; all layers take a window's first step. Where a layer does not
-    step, its moments stay as they were too. The paper also shrinks the first steps of a window, by how much is in an
-    appendix that could not be read: here they are not.
+    module with parameters of its own. Its agreement is the cosine between its step and its displacement since the
+    anchor, the weights at the beginning of a window of steps; all layers take a window's first step. If a layer does not
+    step, its moments stay as they were too. The paper also shrinks the first steps of a window; they are not shrunk here,
+    as the factor is in an appendix that could not be read.
     """
 
     config: GALAConfig
@@ -86,8 +86,8 @@ class GALA(Adapter):
             return self.predict(x)
 
     def update(self, loss: Tensor, **given: Any) -> Tensor:
-        """A step of the layers that agree; whether any was made."""
-        parameters = self._optimized()
+        """One step of the layers that agree; returns whether any was made."""
+        parameters = self.optimized_parameters()
         before = [parameter.detach().clone() for parameter in parameters]
         moments = [{key: value.clone() for key, value in self._moments(parameter).items()} for parameter in parameters]
         made = super().update(loss, **given)
@@ -97,9 +97,7 @@ class GALA(Adapter):
                 keep = agreeing[self.layers[number]]
                 parameter.copy_(torch.where(keep, parameter, before[number]))
                 for key, value in self._moments(parameter).items():
-                    earlier = moments[number].get(
-                        key, torch.zeros_like(value)
-                    )  # zeros are what an optimizer starts from
+                    earlier = moments[number].get(key, torch.zeros_like(value))  # an optimizer starts from zeros
                     value.copy_(torch.where(keep.to(value.device), value, earlier))
             self.window_steps += made
             over = self.window_steps >= self.config.window
@@ -110,14 +108,14 @@ class GALA(Adapter):
         return made & agreeing.any()
 
     def _agreeing(self, before: list[Tensor]) -> Tensor:
-        """Which layers keep the step just taken, (layers,)."""
+        """Mask of the layers that keep the step just taken, (layers,)."""
         sums = torch.zeros(3, self._layer_count, device=self.device)
-        for number, (parameter, weight) in enumerate(zip(self._optimized(), before, strict=True)):
+        for number, (parameter, weight) in enumerate(zip(self.optimized_parameters(), before, strict=True)):
             step, displacement = parameter - weight, parameter - self.get_buffer(f"anchor{number}")
             terms = torch.stack([(step * displacement).sum(), step.square().sum(), displacement.square().sum()])
             sums[:, self.layers[number]] += terms
         cosines = sums[0] / (sums[1] * sums[2]).sqrt()
-        cosines = torch.where(cosines.isfinite(), cosines, -math.inf)  # a layer without a step has no say
+        cosines = torch.where(cosines.isfinite(), cosines, -math.inf)  # a layer without a step never agrees
         chosen = cosines > self.config.threshold
         if self.config.select == "best":
             chosen = chosen & (torch.arange(len(cosines), device=cosines.device) == cosines.argmax())

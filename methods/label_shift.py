@@ -16,13 +16,13 @@ class LabelShiftConfig(Config):
     """The constants are ours.
 
     Attributes:
-        rate: share of a batch's mean prediction in the moving average that stands for the stream's classes.
+        rate: share of a batch's mean prediction in the moving average that estimates the stream's class frequencies.
         strength: of the correction, in [0, 1]; 0 is none.
         batch_statistics: BatchNorm layers normalise by the batch, else by the source's statistics.
-        learned: a network trained on labelled source images corrects in the rule's stead; ``strength`` is 1 then.
+        learned: a network trained on labelled source images corrects instead of the rule; ``strength`` is 1 then.
         hidden: width of that network.
         iterations: of its training.
-        source_batch_size: source images a batch; BatchNorm layers normalise by it where the network is trained.
+        source_batch_size: source images per batch; BatchNorm layers normalise by it where the network is trained.
     """
 
     rate: float = 0.1
@@ -49,12 +49,12 @@ class LabelShift(Adapter):
     Procedure", Neural Computation 2002, with a moving average of the predictions for the stream's frequencies. It is
     the baseline of the label shift adapter (Park et al., "Label Shift Adapter for Test-Time Adaptation under Covariate
     and Label Shifts", ICCV 2023). ``learned=true`` is a reconstruction of that adapter from its abstract and what others
-    wrote of it, with constants of ours, around the source model alone: see :class:`tta.source.shift.ShiftNetwork`. A model that
-    is sure of all its source images teaches it little: digits-c with ``protocol=label-shift`` has an error of 59.8 % by
+    wrote about it, with our own constants, for the source model: see :class:`tta.source.shift.ShiftNetwork`. It learns
+    little from a model that is sure of all its source images: digits-c with ``protocol=label-shift`` has an error of 59.8 % by
     ``norm``, 58.8 by the rule and 59.6 learned. On a stream in the order of its classes the average follows the present
     class, which looks like a large gain.
 
-    ``source=`` gives source images, whose predicted classes stand for the source's frequencies; with ``learned`` they
+    ``source=`` gives source images, whose predicted classes give the source's frequencies; with ``learned`` they
     come with their labels.
     """
 
@@ -97,5 +97,6 @@ class LabelShift(Adapter):
     def _corrected(self, features: Tensor, logits: Tensor) -> Tensor:
         prior = bounded(self.stream_prior)
         if self.network is not None:
-            return self.network(features, prior, self.model.get_submodule(self._head))
+            corrected: Tensor = self.network(features, prior, self.model.get_submodule(self._head))
+            return corrected
         return logits + self.config.strength * (prior.log() - self.source_prior.log())

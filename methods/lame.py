@@ -61,7 +61,7 @@ class LAME(Adapter):
             return _laplacian_optimisation(unary, self._affinity(F.normalize(features, dim=1)))
 
     def _affinity(self, features: Tensor) -> Tensor:
-        """(batch, batch), row by row what an image takes from the others."""
+        """Affinity matrix (batch, batch): a row holds the weights of all images for one image."""
         if self.config.affinity == "linear":
             affinity = features @ features.T
         else:

@@ -34,8 +34,7 @@ class MEMOConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.views >= 1, f"views={self.views}", "1 or more")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.prior is None or self.prior >= 0, f"prior={self.prior}", "0 or more parts, or None")
 
 
@@ -58,7 +57,7 @@ class MEMO(Adapter):
             norms.blend_statistics(self.model, 1 / (self.config.prior + 1))
 
     def adapt(self, x: Tensor) -> Tensor:
-        return torch.cat([self._adapt_to(image) for image in x.split(1)])
+        return torch.cat([self._adapt_to(image) for image in torch.split(x, 1)])
 
     def _adapt_to(self, image: Tensor) -> Tensor:
         views = self._views(image)
@@ -81,4 +80,4 @@ class MEMO(Adapter):
         source = self.source_tensors()
         for name, parameter in self.model.named_parameters():
             parameter.copy_(source[name])
-        self.optimizer = self._new_optimizer()
+        self.restart_optimizer()

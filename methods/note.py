@@ -17,11 +17,11 @@ class NOTEConfig(OptimizerConfig):
 
     Attributes:
         memory_size: number of samples kept.
-        update_frequency: samples between two updates, whatever the batch size.
+        update_frequency: samples between two updates, for any batch size.
         iabn: make the BatchNorm layers instance-aware; ``False`` leaves them as they are.
         k: standard errors by which an image's statistics must differ to count.
         bn_momentum: share of a memory's statistics in the stored statistics of a BatchNorm layer at each update.
-        steps: optimizer steps an update.
+        steps: optimizer steps per update.
     """
 
     lr: float = 1e-4
@@ -63,7 +63,7 @@ class NOTE(Adapter):
         self.memory = memory.PredictionBalancedReservoir(self.config.memory_size)
 
     def adapt(self, x: Tensor) -> Tensor:
-        if not self.input_is_finite:  # nothing of a bad batch may enter the memory
+        if not self.input_finite:  # nothing of a bad batch may enter the memory
             return self.predict(x)
         parts, start, every = [], 0, self.config.update_frequency
         while start < len(x):

@@ -24,9 +24,9 @@ class OWTTTConfig(OptimizerConfig):
         ce_scale: weight of the classification of samples, with the prototypes of unknown classes as a class of its own.
         da_scale: weight of the alignment of the features of known samples with the source's, times 0.05.
         global_length: number of the last features that weigh most in their running Gaussian.
-        queue_size: last outlier scores that a threshold is drawn from.
-        max_prototypes: prototypes of unknown classes kept, the newest.
-        gradients: ``"exact"``, or as the ``"released"`` code has them: those of the classification are taken after the
+        queue_size: number of last outlier scores that a threshold is computed from.
+        max_prototypes: number of prototypes of unknown classes kept, the newest.
+        gradients: ``"exact"``, or as in the ``"released"`` code: those of the classification are taken after the
             alignment has moved the BatchNorm statistics that they depend on.
     """
 
@@ -110,12 +110,12 @@ class OWTTT(Adapter):
         return matmul(F.normalize(features), self.known_prototypes.T) / self.config.delta
 
     def adapt(self, x: Tensor) -> Output:
-        for _ in range(self.config.steps if self.input_is_finite else 0):
+        for _ in range(self.config.steps if self.input_finite else 0):
             self._learn(x)
         with torch.no_grad():
             logits = self.predict(x)
             scores = 1 - self.config.delta * logits.amax(1)
-            if self.input_is_finite:
+            if self.input_finite:
                 self._push(self.inference_scores, scores)
             self.threshold.copy_(self._split(self.inference_scores))
         return Output(logits, scores)
@@ -133,7 +133,7 @@ class OWTTT(Adapter):
             self._push(self.training_scores, scores)
             threshold = self._split(self.training_scores)
             unknown = scores.double() >= threshold
-            # How many images are aligned, and which become prototypes one after the other: the wait of each batch.
+            # The number of images to align and the choice of new prototypes need the CPU: the wait for a GPU in each batch.
             seen = (~unknown).nonzero()[:, 0]
             self._expand(unit, scores, to_unknown[:, 0], unknown, threshold)
         parameters, aligned, exact = self.parameters_to_adapt(), len(seen) > 1, self.config.gradients == "exact"
@@ -189,7 +189,7 @@ class OWTTT(Adapter):
         self.number_unknown.add_(len(taken)).clamp_(max=self.config.max_prototypes)
 
     def _split(self, scores: Tensor) -> Tensor:
-        """Where the finite ones fall in two groups, in the hundredths of the released code."""
+        """Threshold that splits the finite scores in two groups, in steps of 0.01 as in the released code."""
         hundredths = 0.01 * torch.arange(100, dtype=torch.float64, device=scores.device)
         return otsu_threshold(scores, scores.isfinite(), hundredths)
 

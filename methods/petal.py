@@ -44,8 +44,7 @@ class PETALConfig(OptimizerConfig):
         super().__post_init__()
         require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
         require(self.views >= 1, f"views={self.views}", "1 or more")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.prior_weight >= 0, f"prior_weight={self.prior_weight}", "a weight of 0 or more")
         variance = self.prior_variance
         known = isinstance(variance, str) or (isinstance(variance, (int, float)) and variance >= 0)
@@ -60,8 +59,8 @@ class PETAL(Adapter):
 
     All parameters adapt. The model is the mean of the prior and what weights return to: the paper takes the SWAG mean
     of a short second training on the source, whose variances go into ``prior_variance``. Scored are the teacher's logits,
-    which are the student's target, from before the step. BatchNorm layers normalise by the batch; small batches are
-    served badly.
+    which are the student's target, from before the step. BatchNorm layers normalise by the batch; small batches give
+    poor results.
     """
 
     config: PETALConfig
@@ -84,7 +83,7 @@ class PETAL(Adapter):
             logits = logits_of(self.model(x))
             with torch.no_grad():
                 target = self._averaged(x) if self._is_uncertain(x) else self.predict(x)
-            # the negative logarithm of the prior's density, but for a constant
+            # the negative logarithm of the prior's density, up to a constant
             prior = weighted_distance(parameters, source, self._precisions()) / 2
             loss = soft_cross_entropy(logits, target).mean() + self.config.prior_weight * prior
             gradients = gradients_of(loss, parameters, materialize=True)
@@ -95,7 +94,7 @@ class PETAL(Adapter):
         return target
 
     def _is_uncertain(self, x: Tensor) -> bool:
-        """Whether the source's mean confidence asks for views. The one answer a batch that a GPU is waited for."""
+        """Whether the source's mean confidence is below ``ap``; the only wait for a GPU in a batch."""
         if self.config.augment == "none":  # the average of equal views is the prediction without them
             return False
         return bool(confidence(self.predict_as_source(x)).mean() < self.config.ap)

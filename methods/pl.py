@@ -19,11 +19,11 @@ class PLConfig(OptimizerConfig):
 
     Attributes:
         threshold: only samples whose highest probability is above it teach, in [0, 1); 0.9 is usual.
-        parameters: what learns: ``"norm"`` (the affine parameters of the normalisation layers), ``"head"`` (the final
+        parameters: those that learn: ``"norm"`` (the affine parameters of the normalisation layers), ``"head"`` (the final
             linear layer) or ``"all"``.
-        statistics: what BatchNorm layers normalise by: the ``"batch"``, the ``"source"`` statistics, or, ``"mixed"``, the
-            batch in a step and the source in every other prediction.
-        score: which logits are scored, those of the forward ``"before"`` the step or of a second one ``"after"`` it.
+        statistics: those that BatchNorm layers normalise by: the ``"batch"``'s, the ``"source"``'s, or, ``"mixed"``, the batch's
+            in a step and the source's in every other prediction.
+        score: logits that are scored: those of the forward ``"before"`` the step or of a second one ``"after"`` it.
     """
 
     threshold: float = 0.0

@@ -24,16 +24,16 @@ class PSMTConfig(OptimizerConfig):
     """The defaults are the released code's: Adam 1e-3.
 
     Attributes:
-        mt_alpha: share of itself that the teacher keeps at each of its two steps a batch.
+        mt_alpha: share of itself that the teacher keeps at each of its two steps per batch.
         fisher_alpha: weight of the pull towards the source weights, each by its Fisher information on source images;
-            0 needs no source. It belongs to the batch size of the source images, as the Fisher information does.
+            0 needs no source. The right value depends on their batch size, as the Fisher information does.
         quantile: share of all weights, those of the least squared gradient, that return to the source after a step, in
             the student and in the teacher.
         augment: ``"none"``, as the released code runs (it makes views and does not use them), ``"paper"`` (RGB images in
             [0, 1]), or from Python a callable that maps a batch to a view of it.
         ap, views: with an augmentation, the mean confidence of the source model on a batch below which the teacher's
-            predictions are averaged over so many views.
-        source_batch_size: source images a batch.
+            predictions are averaged over views, and their number.
+        source_batch_size: source images per batch.
     """
 
     mt_alpha: float = 0.999
@@ -49,8 +49,7 @@ class PSMTConfig(OptimizerConfig):
         require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
         require(self.fisher_alpha >= 0, f"fisher_alpha={self.fisher_alpha}", "a weight of 0 or more")
         require(0 <= self.quantile <= 1, f"quantile={self.quantile}", "a share in [0, 1]")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
         require(self.views >= 1, f"views={self.views}", "1 or more")
         require(self.source_batch_size >= 1, f"source_batch_size={self.source_batch_size}", "1 image or more")
 
@@ -110,7 +109,7 @@ class PSMT(Adapter):
         return target + logits
 
     def _target(self, x: Tensor) -> Tensor:
-        """The teacher's logits, averaged over views where the source model is unsure and views are asked for."""
+        """The teacher's logits, averaged over views if there is an augmentation and the source model is unsure."""
 
         def predict(images: Tensor) -> Tensor:
             return logits_of(self.teacher(images))

@@ -1,4 +1,4 @@
-"""RDumb: ETA that starts over from the source every so many batches."""
+"""RDumb: ETA that starts over from the source at fixed intervals."""
 
 import math
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class RDumb(Adapter):
 
     Press et al., "RDumb: A simple approach that questions our progress in continual test-time adaptation", NeurIPS 2023.
 
-    What learns is ETA (see ``eata``). The return empties the optimizer and the average prediction too: it bounds how far
-    any stream can lead the model away. Scored are the logits before the step.
+    It learns as ETA does (see ``eata``). The return also empties the optimizer and the average prediction: it limits how
+    far any stream can lead the model away. Scored are the logits before the step.
     """
 
     config: RDumbConfig

@@ -73,7 +73,7 @@ class RMT(Adapter):
         known = {kind: entry for entry in self.known for kind in ("prior", "images") if kind in entry}
         contrast = PrototypeContrast(known["prior"], self.config, self.generator) if "prior" in known else None
         self.contrast: PrototypeContrast | None = contrast
-        # Not in buffers: the state would carry the source images along, and the snapshot that a reset needs a copy.
+        # Not in buffers: the saved state would hold the source images, and the snapshot for a reset a copy of them.
         self._replay = known.get("images")
         self._warm_up()
 
@@ -101,11 +101,11 @@ class RMT(Adapter):
         return logits + target
 
     def _warm_up(self) -> None:
-        """Let student and teacher agree on source images, while the learning rate rises."""
+        """Train student and teacher to agree on source images, while the learning rate rises."""
         batches = self.config.num_samples_warm_up // self.config.source_batch_size
         if not batches:
             return
-        self.optimizer = self._new_optimizer()
+        self.restart_optimizer()
         assert self.optimizer is not None
         for batch in range(batches):
             for group in self.optimizer.param_groups:
@@ -117,7 +117,7 @@ class RMT(Adapter):
             ema.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
 
     def _source_batch(self) -> tuple[Tensor, Tensor]:
-        """Source images drawn at random, each once a batch, and their labels."""
+        """A batch of source images, drawn at random without repetition, and their labels."""
         assert self._replay is not None
         images, labels = self._replay["images"], self._replay["labels"]
         drawn = torch.randperm(len(images), generator=self.generator)[: self.config.source_batch_size]

@@ -17,14 +17,14 @@ class RoTTAConfig(OptimizerConfig):
 
     Attributes:
         memory_size: number of samples kept.
-        update_frequency: samples between two updates, whatever the batch size.
-        lambda_t: weight of age in the choice of the sample that the memory gives up.
-        lambda_u: weight of uncertainty in that choice.
+        update_frequency: samples between two updates, for any batch size.
+        lambda_t: weight of age in the choice of the sample that the memory replaces.
+        lambda_u: weight of uncertainty in the same choice.
         nu: share of the student that the teacher takes over at each update.
         alpha: share of a memory's statistics in the stored statistics of a BatchNorm layer at each update.
         augment: the student's view of the memory: ``"paper"`` (RGB images in [0, 1]), ``"none"``, or from Python a
             callable that maps a batch to a view of it.
-        steps: optimizer steps an update.
+        steps: optimizer steps per update.
     """
 
     memory_size: int = 64
@@ -41,8 +41,7 @@ class RoTTAConfig(OptimizerConfig):
         require(self.update_frequency >= 1, f"update_frequency={self.update_frequency}", "1 or more samples")
         require(0 <= self.nu <= 1, f"nu={self.nu}", "a share in [0, 1]")
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "a share in [0, 1]")
-        known = augment.is_augmentation(self.augment)
-        require(known, f"augment={self.augment!r}", "'paper', 'none' or a callable")
+        augment.check(self.augment)
 
 
 class RoTTA(Adapter):
@@ -51,7 +50,7 @@ class RoTTA(Adapter):
     Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023.
 
     The affine parameters of the BatchNorm layers adapt; other models are refused. Scored are the teacher's logits,
-    normalised by stored statistics: a batch of one is served as well as any. A batch larger than ``update_frequency`` is
+    normalised by stored statistics: a batch of one works as well as any. A batch larger than ``update_frequency`` is
     predicted whole before its updates.
     """
 
@@ -75,9 +74,9 @@ class RoTTA(Adapter):
             require(logits.shape[1] > 1, "a model with a single logit", "one logit for each of two classes or more")
             probabilities = logits.softmax(dim=1)
             uncertainties = -(probabilities * (probabilities + 1e-6).log()).sum(dim=1)
-            # Whether a sample is kept depends on those before it: decided on the CPU, after one wait a batch.
+            # Whether a sample is kept depends on those before it: decided on the CPU, after one wait per batch.
             labels, uncertainties = torch.stack((logits.argmax(dim=1).float(), uncertainties)).cpu()
-        if not (uncertainties.isfinite().all() and self.input_is_finite):
+        if not (uncertainties.isfinite().all() and self.input_finite):
             return logits  # nothing of a bad batch may enter the memory
         start, every = 0, self.config.update_frequency
         while start < len(x):
@@ -89,7 +88,7 @@ class RoTTA(Adapter):
         return logits
 
     def _learn(self) -> None:
-        """Update the student on the memory, the young samples more than the old, and the teacher after it."""
+        """Update the student on the memory, where young samples weigh more than old ones, then the teacher."""
         samples, ages = self.memory.contents()
         weights = torch.sigmoid(-ages / self.config.memory_size)
         view = augment.augmentation(self.config.augment, self.generator)

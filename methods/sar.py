@@ -24,7 +24,7 @@ class SARConfig(OptimizerConfig):
         rho: radius of the sharpness-aware step.
         exclude: parts of the names of modules that are not adapted; the default is the top of a ResNet-50 and of a
             ViT-B, as published. Deeper or differently named networks need their own.
-        recovery: ``"full"`` brings back weights, momentum and moving average; ``"weights"`` the weights alone, as the
+        recovery: ``"full"`` resets weights, momentum and moving average; ``"weights"`` only the weights, as the
             released code does, which may then recover on several batches in a row.
     """
 
@@ -60,7 +60,7 @@ class SAR(Adapter):
             norms.use_batch_statistics(layer)
         for layer in norms.layers_outside(self.model, self.config.exclude):
             layer.requires_grad_(True)
-        self.register_buffer("average_loss", torch.tensor(math.inf))  # no loss seen yet: below no threshold
+        self.register_buffer("average_loss", torch.tensor(math.inf))  # no loss seen yet; below no threshold
 
     def adapt(self, x: Tensor) -> Tensor:
         parameters = self.parameters_to_adapt()
@@ -81,7 +81,7 @@ class SAR(Adapter):
 
     @torch.no_grad()
     def _recover(self, loss: Tensor, made: Tensor, threshold: float) -> None:
-        """Back to the source where the average loss says that the model collapsed; decided on the device."""
+        """Return to the source if the average loss shows that the model collapsed; decided on the device."""
         average = torch.where(self.average_loss.isinf(), loss, 0.9 * self.average_loss + 0.1 * loss)
         self.average_loss.copy_(torch.where(made, average, self.average_loss))
         collapsed = self.average_loss < threshold

@@ -17,11 +17,11 @@ class SHOTConfig(OptimizerConfig):
     """The paper is offline; the defaults are those of a later online benchmark, without Nesterov's momentum.
 
     Attributes:
-        parameters: what learns: ``"features"`` (all but the head, as in the paper) or ``"norm"`` (the affine parameters of
+        parameters: those that learn: ``"features"`` (all but the head, as in the paper) or ``"norm"`` (the affine parameters of
             the normalisation layers).
-        statistics: what BatchNorm layers normalise by: the ``"batch"``, the ``"source"`` statistics, or, ``"mixed"``, the
-            batch in a step and the source in every other prediction.
-        score: which logits are scored, those of the forward ``"before"`` the step or of a second one ``"after"`` it.
+        statistics: those that BatchNorm layers normalise by: the ``"batch"``'s, the ``"source"``'s, or, ``"mixed"``, the batch's
+            in a step and the source's in every other prediction.
+        score: logits that are scored: those of the forward ``"before"`` the step or of a second one ``"after"`` it.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
@@ -41,7 +41,7 @@ class SHOT(Adapter):
     """Make each prediction sure and the predictions of a batch diverse, before a head that stays as it is.
 
     Liang et al., "Do We Really Need to Access the Source Data? Source Hypothesis Transfer for Unsupervised Domain
-    Adaptation", ICML 2020: the information maximisation alone, one step a batch (SHOT-IM).
+    Adaptation", ICML 2020: only the information maximisation, one step per batch (SHOT-IM).
 
     Three published online recipes differ in all three settings: the default is TTAB's, that of T3A's authors is
     ``statistics="source"``, that of LAME's ``parameters="norm", statistics="mixed", score="after"``. The diversity is

@@ -33,8 +33,8 @@ class T3A(Adapter):
 
     For any model with a linear head: one forward, no gradient. A class starts from its row of the head (the released
     code gives the row to the class that the head predicts for it). A batch joins the supports before it is predicted.
-    Returned is the feature's inner product with each template, without bias: as long as the feature is, so that
-    probabilities made of it are overconfident.
+    Returned is the feature's inner product with each template, without bias: it grows with the length of the feature, so
+    that its softmax is overconfident.
     """
 
     config: T3AConfig

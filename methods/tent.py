@@ -11,7 +11,7 @@ from tta.functional import entropy
 
 @dataclass
 class TentConfig(OptimizerConfig):
-    """The defaults are the paper's for CIFAR: Adam 1e-3, one step a batch."""
+    """The defaults are the paper's for CIFAR: Adam 1e-3, one step per batch."""
 
 
 class Tent(Adapter):

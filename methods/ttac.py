@@ -21,14 +21,14 @@ class TTACConfig(OptimizerConfig):
         loss_scale: weight of the whole loss.
         class_weight: weight of a class's divergence against that of all samples; None for 1 / classes.
         class_length: number of a class's last samples that weigh most in its running Gaussian.
-        class_count: samples that a class's running Gaussian, begun at the source's, stands for.
-        min_class_count: a class is aligned once its running Gaussian holds so many samples.
-        class_covariance: ``"full"``, or ``"diagonal"`` for many classes: a full one takes width^2 numbers a class.
+        class_count: number of samples that a class's initial Gaussian, the source's, counts as.
+        min_class_count: number of samples that a class's running Gaussian must hold before the class is aligned.
+        class_covariance: ``"full"``, or ``"diagonal"`` for many classes: a full one takes width^2 numbers per class.
         global_length: as ``class_length``, of the Gaussian of all samples.
-        queue_size: 0 for one step on each batch as it comes. Else so many of the last images are kept, and all of them
-            are learned from, several times, after every batch: what the paper's tables use, at many times the cost.
-        queue_passes: passes over the queue after each batch. Classes are aligned in the second half of these alone.
-        queue_batch_size: images of the queue a step.
+        queue_size: 0 for one step on each batch as it comes. Else the number of last images that are kept; after every
+            batch all of them are learned from, several times: as in the paper's tables, at many times the cost.
+        queue_passes: passes over the queue after each batch. Classes are aligned only in the second half of these.
+        queue_batch_size: images of the queue per step.
         queue_tolerance: how far the top probability of an image may fall before its class is distrusted.
     """
 
@@ -100,7 +100,7 @@ class TTAC(Adapter):
         self.queue = memory.ReviewQueue(config.queue_size, config.queue_tolerance)
 
     def adapt(self, x: Tensor) -> Tensor:
-        if self.config.queue_size and self.input_is_finite:
+        if self.config.queue_size and self.input_finite:
             self._review(x)
         else:
             for _ in range(self.config.steps):
@@ -109,7 +109,7 @@ class TTAC(Adapter):
             return self.predict(x)
 
     def _align(self, images: Tensor, slots: Tensor | None = None, by_class: bool = True) -> None:
-        """One step; ``slots`` are where the images lie in the queue, if they come from there."""
+        """One step; ``slots`` are the places of the images in the queue, if they come from there."""
         with norms.training_statistics(self.model):
             features, logits = taps.look(self.model, self._head, images)
         with torch.no_grad():
@@ -138,14 +138,14 @@ class TTAC(Adapter):
         return symmetric_kl(mean, covariance + ridge, source_mean, source_covariance + ridge)
 
     def _review(self, x: Tensor) -> None:
-        """Passes over the queue, in random order; they grow more as it fills."""
+        """Passes over the queue, in random order; there are more of them as it fills."""
         config = self.config
         self.queue.add(x, classes=len(self.source_class_count))
         count = len(self.queue)
         for number in range(1, min(config.queue_passes, count // config.queue_batch_size + 1) + 1):
             self.queue.begin_pass()
             order = torch.randperm(count, generator=self.generator).to(x.device)
-            for slots in order.split(config.queue_batch_size):
+            for slots in torch.split(order, config.queue_batch_size):
                 if len(slots) == min(count, config.queue_batch_size):  # a smaller rest waits for the next pass
                     assert self.queue.images is not None
                     self._align(self.queue.images[slots], slots, by_class=number > config.queue_passes // 2)

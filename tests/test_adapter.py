@@ -114,7 +114,7 @@ def test_non_finite_update_is_skipped_counted_and_warned_once(cnn, batch, optimi
 
 
 def test_flag_of_a_bad_batch_on_a_gpu_is_raised_a_batch_later(cnn, batch):
-    """The deferred path, on the CPU: the adapter is told that the input was not finite."""
+    """The deferred path, on the CPU: the flag of the input is set to not finite."""
     adapter = tta.adapt(cnn, Exploding)
     adapter(batch)
     before = adapter.state_dict()
@@ -122,6 +122,39 @@ def test_flag_of_a_bad_batch_on_a_gpu_is_raised_a_batch_later(cnn, batch):
     with pytest.warns(RuntimeWarning):
         adapter(batch)
     assert torch.equal(adapter.state_dict()["model.fc.weight"], before["model.fc.weight"])
+
+
+def test_optimized_parameters_are_those_that_gradients_belong_to(cnn, batch):
+    adapter = tta.adapt(cnn, "tent", lr=0.1)
+    assert adapter.optimized_parameters() == adapter.parameters_to_adapt()
+    gradients = [torch.full_like(parameter, 0.1) for parameter in adapter.optimized_parameters()]
+    before = [parameter.detach().clone() for parameter in adapter.optimized_parameters()]
+    adapter.update(torch.zeros(()), gradients=gradients)
+    for parameter, value in zip(adapter.optimized_parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value - 0.1)  # the first step of Adam is the learning rate
+    assert tta.adapt(cnn, "norm").optimized_parameters() == []
+
+
+def test_restarted_optimizer_has_no_moments_and_the_configured_rate(cnn, batch):
+    adapter = tta.adapt(cnn, "tent", lr=0.1)
+    adapter(batch)
+    assert adapter.optimizer.state
+    weights = [parameter.detach().clone() for parameter in adapter.optimized_parameters()]
+    adapter.optimizer.param_groups[0]["lr"] = 7.0
+    adapter.restart_optimizer()
+    assert not adapter.optimizer.state
+    assert adapter.optimizer.param_groups[0]["lr"] == 0.1
+    assert all(map(torch.equal, adapter.optimized_parameters(), weights))
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_input_finite_is_true_on_the_cpu_and_a_flag_elsewhere(cnn, batch, monkeypatch, flag):
+    adapter = tta.adapt(cnn, "source")
+    adapter(batch)
+    assert bool(adapter.input_finite)
+    monkeypatch.setattr(tta.Adapter, "_CHECKED_AT_ONCE", ())  # the way of a GPU
+    adapter(batch if flag else batch / 0)
+    assert bool(adapter.input_finite) == flag
 
 
 def test_update_clears_the_autocast_cache(cnn, batch):
@@ -330,6 +363,16 @@ def test_model_that_returns_no_logits_is_refused(returned):
 def test_wrong_hyper_parameters_are_named(cnn, hparams, message):
     with pytest.raises(ValueError, match=message):
         tta.adapt(cnn, "tent", **hparams)
+
+
+def test_method_authors_import_from_the_adapter():
+    from tta.adapter import Adapter, Config, OptimizerConfig, Output, config_class, require
+
+    assert config_class(Bank) is BankConfig
+    assert issubclass(OptimizerConfig, Config)
+    with pytest.raises(ValueError, match=r"Got size=0; expected 1 or more\."):
+        require(False, "size=0", "1 or more")
+    assert (Adapter, Output) == (tta.Adapter, tta.Output)
 
 
 def test_unknown_method_is_answered_with_the_nearest(cnn):

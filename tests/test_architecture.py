@@ -15,13 +15,17 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "configs": "tta.configs"}
 
 # Building blocks: flat files, one idea each, that may use one another.
-BLOCKS = "tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint"
+BLOCKS = (
+    "tta.messages tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
+    "tta.modules tta.hyperparameters tta.optimizers"
+)
 ADAPTER = f"{BLOCKS} tta.adapter tta.source"
 
 # room -> what its modules may import besides the standard library and the room itself. A room is a folder or a file;
 # nothing imports a room below it in this table, and nothing imports `tta` but as a user would.
 MAY_IMPORT = {
     **dict.fromkeys(BLOCKS.split(), f"torch {BLOCKS}"),
+    "tta.messages": "",
     "tta.augment": f"torch torchvision {BLOCKS}",
     "tta.paths": "pooch",
     "tta.allocator": "",
@@ -29,10 +33,10 @@ MAY_IMPORT = {
     "tta.source": f"torch safetensors {BLOCKS}",
     "tta.adapter": f"torch tta.source {BLOCKS}",
     "tta.configs": "",
-    "tta.config": "omegaconf yaml tta.configs tta.adapter",
+    "tta.config": "omegaconf yaml tta.configs tta.messages tta.adapter",
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
     "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
-    "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.paths",
+    "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.messages tta.paths",
     "tta.results": "torch torchmetrics numpy pandas pyarrow tta.functional tta.adapter tta.config",
     "tta.report": "numpy pandas rich matplotlib tta.datasets tta.results",
     "tta.progress": "lightning rich tta.datasets",

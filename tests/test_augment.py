@@ -143,7 +143,10 @@ def test_choices(images):
     assert augment.augmentation("none", generator)(images) is images
     assert torch.equal(augment.augmentation(lambda x: x.flip(2), generator)(images), images.flip(2))
     assert torch.equal(generator.get_state(), state)
-    assert not augment.is_augmentation("papers")
+    for choice in ("paper", "none", images.flip):
+        augment.check(choice)
+    with pytest.raises(ValueError, match="Got augment='papers'; expected 'paper', 'none' or a callable"):
+        augment.check("papers")
 
 
 def test_grey_images_are_refused_with_what_to_do(images):

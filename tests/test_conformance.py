@@ -1,4 +1,4 @@
-"""What every method must do, by listing: a new file in methods/ is tested here without being named."""
+"""Requirements on every method, by listing: a new file in methods/ is tested here without being named."""
 
 import copy
 import gc
@@ -15,7 +15,7 @@ import tta
 
 BATCH = 16
 
-# Beside each method's defaults: settings under which more of it runs. (method, hyper-parameters)
+# Beside each method's defaults, settings that reach more of its code. (method, hyper-parameters)
 VARIANTS = [
     ("norm", {"alpha": 0.3}),
     ("norm", {"momentum": 0.1}),
@@ -59,7 +59,7 @@ VARIANTS = [
     ("t3a", {"filter_k": 2}),
 ]
 MODELS = {"dpcore": "vit", "foa": "vit"}  # the fixture of the source model, where it is not the CNN
-# What of a method's defaults is too slow to be run a hundred times.
+# Settings in place of defaults that are too slow to be run a hundred times.
 QUICK = {
     "adacontrast": {"queue_size": 64},
     "cotta": {"views": 3},
@@ -269,7 +269,7 @@ def test_non_finite_input_raises_and_teaches_nothing(make, batches, value, monke
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_input_found_a_batch_late_has_taught_nothing(make, batches, value, monkeypatch):
-    """As on a GPU, for which nothing waits."""
+    """The way of a GPU, which nothing waits for."""
     monkeypatch.setattr(tta.Adapter, "_CHECKED_AT_ONCE", ())
     adapter = make()
     run(adapter, batches[:2])

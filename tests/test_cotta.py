@@ -111,7 +111,7 @@ def test_restoring_none_or_all(model, batches, rst_m):
 
 @pytest.mark.parametrize("ap", [0.2, 1.0])
 def test_the_anchor_decides_about_views(model, batches, ap):
-    """Confidence is that of the source weights: a sure teacher and student change nothing in it, nor an unsure one."""
+    """The confidence is that of the source weights: neither sure nor unsure teachers and students change it."""
     views = Views()
     adapter = tta.adapt(model, "cotta", lr=1e-6, ap=0.5, views=2, augment=views)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What methods share that compare features: Gaussians, quantiles and thresholds, each against the plainest way."""
+"""Tools of methods that compare features: Gaussians, quantiles and thresholds, each against the plainest way."""
 
 import math
 

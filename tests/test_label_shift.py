@@ -52,7 +52,7 @@ def test_a_stream_of_the_sources_classes_is_corrected_little_and_one_of_a_single
 
 
 def labelled(net, count, seed):
-    """Images whose classes are drawn from what the net says of them, so that its probabilities are right."""
+    """Images whose classes are drawn from the network's own probabilities, so that these are right."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(count, 3, 4, 4, generator=generator)
     with torch.no_grad():

@@ -33,7 +33,7 @@ def test_an_image_is_no_neighbour_of_its_own(cnn):
 
 
 def test_assignment_is_a_fixed_point(cnn, golden_images):
-    """What is returned solves Y = softmax(W Y + log p)."""
+    """The result solves Y = softmax(W Y + log p)."""
     adapter = tta.adapt(cnn, "lame", affinity="knn", symmetric=True)
     batch, seen = golden_images[:32], []
     handle = cnn.eval().fc.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

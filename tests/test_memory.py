@@ -16,7 +16,7 @@ from tta.memory import BalancedMemory
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_content_is_that_of_the_rule_applied_one_by_one(plain_memory, data):
-    """Whatever the capacity, classes, weights, order, ties, and the cut into batches."""
+    """For any capacity, classes, weights, order, ties, and cut into batches."""
     capacity = data.draw(st.integers(1, 12), "capacity")
     classes = data.draw(st.integers(2, 15), "classes")
     weights = data.draw(st.sampled_from([(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (0.3, 2.0)]), "weights")

@@ -45,7 +45,7 @@ class PlainReservoir:
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_reservoir_follows_its_rule(data):
-    """Whatever the capacity, classes, order, and the cut into batches; both are given the same draws."""
+    """For any capacity, classes, order, and cut into batches; both are given the same draws."""
     capacity = data.draw(st.integers(2, 12), "capacity")
     classes = data.draw(st.integers(1, 8), "classes")
     labels = data.draw(st.lists(st.integers(0, classes - 1), min_size=1, max_size=80), "labels")

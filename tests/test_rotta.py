@@ -206,7 +206,7 @@ def test_statistics_stay_float32_under_autocast(model, images):
 
 
 def test_bad_batch_on_a_gpu_does_not_enter_the_memory(model, images):
-    """The deferred path, on the CPU: the adapter is told that the input was not finite."""
+    """The deferred path, on the CPU: the flag of the input is set to not finite."""
     adapter = tta.adapt(model, "rotta", update_frequency=10)
     adapter(images[:10])
     before = adapter.state_dict()

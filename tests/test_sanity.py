@@ -49,7 +49,7 @@ def test_it_leaves_the_model_as_it_was(model):
 
 
 def never(model, mean, std):
-    """A classifier whose weights want normalised images and which gets none of it."""
+    """A classifier whose weights expect normalised images, without the normalisation."""
     return ImageClassifier(model.model, mean, std, "mine", (32, 32), clean_error=1.0)
 
 
@@ -87,7 +87,7 @@ def test_another_input_size_is_named(model):
 
 
 def test_a_model_that_guesses_gets_the_list(model):
-    """Nobody says what to expect of it, but one class for all is not it."""
+    """There is no published error, but one class for all images is no better than guessing."""
     with torch.no_grad():
         model.model.fc.bias[3] = 1000
     model.clean_error = None
@@ -131,7 +131,7 @@ def test_few_images_show_a_mean_that_costs_few_points(expected, recwarn):
     assert not recwarn.list
 
 
-def test_the_interval_of_the_error_is_told_and_unknown_classes_are_left_out(model):
+def test_the_interval_of_the_error_is_shown_and_unknown_classes_are_left_out(model):
     model.clean_error = None
     labels = LABELS[:100].clone()
     labels[50:] = -1
@@ -168,9 +168,9 @@ def test_run_warns_of_a_model_that_normalises_twice(tmp_path, capsys, monkeypatc
     assert main(["run", "digits-c", "source", "model=twice:model", *quick]) == 0
     assert "normalised twice, by the model's own" in " ".join(capsys.readouterr().err.split())
     assert main(["run", "digits-c", "source", *quick]) == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "digits-cnn: clean error" in told
-    assert "twice" not in told
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "digits-cnn: clean error" in shown
+    assert "twice" not in shown
 
 
 def test_a_stream_without_clean_images_is_not_checked(tmp_path):

@@ -1,4 +1,4 @@
-"""What a method may know of the source domain: recorded once, saved, checked on use. And the taps it is recorded with."""
+"""Source statistics: recorded once, saved, checked on use. And the taps that they are recorded with."""
 
 import copy
 import json
@@ -121,7 +121,7 @@ def test_batches_are_regrouped_for_each_need(cnn, golden_source):
     layers = source_needs(cnn, "eata")[0].layers
     needs = [Need("fisher", layers, "batch", size) for size in (10, 64, 30)]
     recorded = SourceStatistics.record(cnn, needs, Counting(golden_source[:97], torch.zeros(97)), batch_size=25)
-    assert Counting.read == 97  # images are decoded once, whatever is recorded of them
+    assert Counting.read == 97  # images are decoded once for all that is recorded
     for need in needs:
         alone = known(cnn, need, golden_source[:97].split(need.batch_size))
         for name, value in recorded.get(need).items():
@@ -341,9 +341,9 @@ def test_a_broken_source_image_is_named_or_skipped(tmp_path, capsys):
     statistics = ["-o", str(tmp_path / "source.safetensors")]
     for workers in ("num_workers=0", "num_workers=1"):
         assert main(["source", "digits-cnn", str(tmp_path / "images"), "eata", workers, *statistics]) == 1
-        told = capsys.readouterr().err
-        assert f"tta: '{images / '3.png'}' cannot be used as an image: cannot identify image file. It has 6" in told
-        assert "Traceback" not in told
+        shown = capsys.readouterr().err
+        assert f"tta: '{images / '3.png'}' cannot be used as an image: cannot identify image file. It has 6" in shown
+        assert "Traceback" not in shown
     with pytest.warns(UserWarning, match=r"1 of 6 files .* skipped: cat/3\.png"):
         assert len(catalog.source_images(str(tmp_path / "images"), on_error="skip")) == 5
 

@@ -1,4 +1,4 @@
-"""T3A against a plain restatement with one list a class."""
+"""T3A against a plain restatement with one list per class."""
 
 import pytest
 import torch

@@ -176,7 +176,7 @@ def test_settings_out_of_range_are_named(cnn, settings, message):
 
 
 def test_views_teach_those_that_teach_alone(cnn, batches):
-    """What the view is made of are the samples with a weight, in order."""
+    """The view is made of the samples with a weight, in order."""
     seen = []
     adapter = tta.adapt(cnn, "roid", augment=lambda x: seen.append(x) or x)
     logits = tta.adapt(cnn, "norm")(batches[0])

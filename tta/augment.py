@@ -1,12 +1,17 @@
-"""Batched tensor views for methods that average over augmentations."""
+"""Augmented views of image batches, as tensors."""
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from tta.messages import require
+
+# A method's dataclass declares its field ``augment`` as Any, as OmegaConf has no type for a callable, and calls check().
+Augment: TypeAlias = Literal["paper", "none"] | Callable[[Tensor], Tensor]
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR = 2  # half the width of the Gaussian kernel, 5 pixels
@@ -14,7 +19,7 @@ NOISE = 0.005
 
 
 class ViewFactors(NamedTuple):
-    """What is drawn for one view: the same for every image of the batch, as in the published code.
+    """Random factors of one view: the same for every image of the batch, as in the published code.
 
     Attributes:
         order: of the five colour operations (brightness, contrast, saturation, hue, gamma).
@@ -57,7 +62,7 @@ def paper_view(images: Tensor, factors: ViewFactors) -> Tensor:
     """A view of a batch as CoTTA and RoTTA make it, before its noise: colours, affine map, blur, flip.
 
     Equal to the published pipeline (colour jitter, edge padding by half the size, affine map, blur, centre crop, flip),
-    without the padding: the crop sees only pixels that a sampler which repeats the edge gives as well.
+    without the padding: inside the crop, a sampler that repeats the edge gives the same pixels.
 
     Args:
         images: (batch, 3, height, width) in [0, 1], floating point; values outside are clipped.
@@ -74,7 +79,7 @@ def paper_view(images: Tensor, factors: ViewFactors) -> Tensor:
 
 
 def sharp_view(images: Tensor, factors: ViewFactors) -> Tensor:
-    """A view of a batch as ROID makes it: colours, affine map, flip, without blur; what lies outside is mirrored.
+    """A view of a batch as ROID makes it: colours, affine map, flip, without blur; pixels outside the image are mirrored.
 
     Args and errors are those of :func:`paper_view`.
     """
@@ -98,7 +103,7 @@ def _jittered(images: Tensor, factors: ViewFactors) -> Tensor:
 
 
 def shift_hue(images: Tensor, share: float | Tensor) -> Tensor:
-    """Turn the colours (HSV) of RGB images in [0, 1] by a share of the circle: one for all, or (batch, 1, 1)."""
+    """Rotate the hue of RGB images in [0, 1] by a share of the colour circle: one for all images, or (batch, 1, 1)."""
     red, green, blue = images.unbind(1)
     value, smallest = images.amax(1), images.amin(1)
     chroma = value - smallest
@@ -118,21 +123,21 @@ def shift_hue(images: Tensor, share: float | Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.split(1, dim=1)
+    red, green, blue = torch.split(images, 1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def _warped(images: Tensor, factors: ViewFactors, *, margin: int = 0, mirror: bool = False) -> Tensor:
-    """Rotate, shift and scale about the centre, with a margin on each side; beyond the edge it goes on, or is mirrored."""
+    """Rotate, shift and scale about the centre, with a margin on each side; beyond the edge, pixels repeat or are mirrored."""
     batch, channels, height, width = images.shape
     angle = math.radians(factors.angle)
     cos, sin = math.cos(angle) / factors.scale, math.sin(angle) / factors.scale
-    # whole pixels, as published; of the padded image, which is twice as large, a sixteenth
+    # Whole pixels, as published: up to 1/8 of the image, 1/16 of the padded one of the published code.
     right, down = round(factors.shift[0] * width), round(factors.shift[1] * height)
     x = torch.arange(width + 2 * margin, device=images.device) - (margin + (width - 1) / 2 + right)
     y = torch.arange(height + 2 * margin, device=images.device) - (margin + (height - 1) / 2 + down)
     y = y[:, None]
-    # One map for all images: they are channels of one image, and the sampler computes its weights once.
+    # The images become channels of one image: they share one map, and the sampler computes its weights once.
     together = images.reshape(1, batch * channels, height, width)
     if mirror:  # the sampler's own mirror lies half a pixel further out
         together = F.pad(together, (width // 2, width // 2, height // 2, height // 2), mode="reflect")
@@ -145,7 +150,7 @@ def _warped(images: Tensor, factors: ViewFactors, *, margin: int = 0, mirror: bo
 
 
 def _blurred(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of 5 by 5 pixels; the margin of 2 pixels on each side is used up."""
+    """Gaussian blur of 5 by 5 pixels; it removes the margin of 2 pixels on each side."""
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-BLUR, BLUR + 1)]
     weights = [weight / sum(weights) for weight in weights]
     for dim in (2, 3):
@@ -158,12 +163,12 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
 
 
 def flipped(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The images, each mirrored left and right or not by a toss of its own."""
+    """The images, each mirrored left and right with probability 0.5."""
     return torch.where(_chance(0.5, images, generator), images.flip(3), images)
 
 
 def moco_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A view of a batch as MoCo v2 makes it, without its crop: colours, grey, blur, flip, each image its own.
+    """A view of a batch as MoCo v2 makes it, without its crop: colours, grey, blur, flip, drawn for each image.
 
     Four of five images get new brightness, contrast, saturation and hue, one of five turns grey, half are blurred (sigma
     0.1 to 2 pixels), half mirrored.
@@ -220,22 +225,22 @@ def _blurred_each(images: Tensor, sigma: Tensor, half: int = 6) -> Tensor:
     x = F.pad(images, (half, half, half, half), mode="replicate").flatten(0, 1)[None]
     x = F.conv2d(x, weights[:, None, None, :].to(x.dtype), groups=x.shape[1])
     x = F.conv2d(x, weights[:, None, :, None].to(x.dtype), groups=x.shape[1])
-    return x[0].unflatten(0, images.shape[:2])
+    return x.view_as(images)
 
 
-def augmentation(choice: Any, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:
+def augmentation(choice: Augment, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:
     """A function that makes one random view of a batch.
 
     Args:
         choice: ``"paper"``, ``"none"`` (the batch itself), or a callable on a batch.
-        generator: on the CPU; all that ``"paper"`` draws comes from it. The noise is drawn where the images are, by a
-            generator seeded from this one, so that a GPU is neither waited for nor sent an image of noise.
-        sharp: the paper is ROID's, whose views are neither blurred nor noisy, not CoTTA's.
+        generator: on the CPU; all random numbers of ``"paper"`` come from it. The noise is drawn on the images' device,
+            by a generator seeded from this one, so that a GPU neither waits nor receives an image of noise.
+        sharp: ``"paper"`` means ROID's views, without blur and noise, not CoTTA's.
     """
+    if callable(choice):
+        return choice
     if choice == "none":
         return lambda images: images
-    if choice != "paper":
-        return choice
     if sharp:
         return lambda images: sharp_view(images, draw_factors(generator)).clamp_(0, 1)
 
@@ -250,13 +255,13 @@ def augmentation(choice: Any, generator: torch.Generator, *, sharp: bool = False
 def averaged(
     predict: Callable[[Tensor], Tensor], x: Tensor, view: Callable[[Tensor], Tensor], views: int, at_once: int = 1
 ) -> Tensor:
-    """Mean over views of the batch of what ``predict`` gives.
+    """Mean of ``predict`` over random views of the batch.
 
     Args:
         predict: (batch, ...) -> (batch, classes).
         x: the batch.
         view: makes one random view of it, see :func:`augmentation`.
-        views: how many.
+        views: number of views.
         at_once: views that share a forward, each with batch statistics of its own: the mean is the same.
 
     Returns:
@@ -272,12 +277,12 @@ def averaged(
     return torch.stack(sums).sum(0) / views
 
 
-def is_augmentation(choice: Any) -> bool:
-    """Whether :func:`augmentation` takes this choice."""
-    return callable(choice) or choice in ("paper", "none")
+def check(choice: Any) -> None:
+    """Raise a ValueError unless :func:`augmentation` takes the ``augment`` of a method's hyper-parameters."""
+    require(callable(choice) or choice in ("paper", "none"), f"augment={choice!r}", "'paper', 'none' or a callable")
 
 
 def generator_on(device: torch.device, seeded_by: torch.Generator) -> torch.Generator:
-    """A generator of random numbers on a device, seeded by a draw of another one, on the CPU, whose state is saved."""
+    """A random generator on a device, seeded by a draw from the one on the CPU, whose state is saved."""
     seed = torch.randint(2**62, (), generator=seeded_by)
     return torch.Generator(device).manual_seed(int(seed))

@@ -9,10 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def pays(model: nn.Module) -> bool:
-    """Whether a model is faster with channels last: its parameters are mostly weights of convolutions, and not few.
+    """Whether a model is faster with channels last: it has more than 100 000 parameters, mostly convolution weights.
 
-    On a CPU a step of norm then takes 0.7 times as long, one of tent 0.75 (ResNet-20 of CIFAR, batch 200), but no less on a
-    network with 76 000 parameters. A model whose BatchNorm is of a class of its own stays as it is: see :class:`ChannelsLastBatchNorm2d`.
+    On a CPU a batch of norm then takes 0.7 times as long, one of tent 0.75 (CIFAR ResNet-20, batch 200); a network with
+    76 000 parameters gains nothing. A model with subclasses of BatchNorm stays as it is, as these cannot become a
+    :class:`ChannelsLastBatchNorm2d`.
     """
     sizes = [(parameter.dim(), parameter.numel()) for parameter in model.parameters()]
     convolutional = 2 * sum(size for dim, size in sizes if dim == 4) > sum(size for _, size in sizes) > 100_000
@@ -27,24 +28,25 @@ def sum_exactly(layer: nn.Module) -> None:
 
 
 class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
-    """Batch statistics of channels-last images, summed as exactly as those of channels-first ones.
+    """BatchNorm whose batch statistics of channels-last images are as exact as those of channels-first images.
 
-    On a CPU, PyTorch adds up channels-last statistics and their gradients one by one: at batch 200 of 32-pixel maps the
-    outputs are off by 3e-3 after a ReLU, against 2e-6 here. Everything else goes the way of ``nn.BatchNorm2d``.
+    On a CPU, PyTorch sums channels-last statistics and their gradients one value after the other: with a batch of 200 and
+    32-pixel maps the outputs are off by 3e-3 after a ReLU, here by 2e-6. All other inputs go to ``nn.BatchNorm2d``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        one_value = x.numel() == x.shape[1]  # has no variance; the ordinary way says so
+        one_value = x.numel() == x.shape[1]  # has no variance: nn.BatchNorm2d raises the error
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.stride(1) != 1 or self.weight is None or one_value:
             return super().forward(x)
-        return _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
+        out: Tensor = _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
+        return out
 
 
 class _NormaliseRows(torch.autograd.Function):
-    """``F.batch_norm`` by the batch, on images that PyTorch's channels-last kernels see as a few pixels of many channels.
+    """``F.batch_norm`` by the batch, on images that are viewed as fewer pixels with more channels.
 
-    ``k`` pixels that follow one another count as one pixel of ``k`` times the channels. The kernels then add up a ``k``-th
-    of the values in a row, and the ``k`` sums of a channel are added here.
+    ``k`` consecutive pixels count as one pixel with ``k`` times the channels. PyTorch's channels-last kernels then sum
+    ``1 / k`` of the values one after the other, and the ``k`` sums of a channel are added here.
     """
 
     @staticmethod
@@ -54,8 +56,8 @@ class _NormaliseRows(torch.autograd.Function):
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)
         gain = weight * (var + eps).rsqrt()
-        # Written through a view, not returned as one: what a view of a custom function's making holds, no activation may
-        # replace in place.
+        # Written through a view, but not returned as one: autograd forbids in-place activations on a view that a custom
+        # function returns.
         out = torch.empty_like(x, memory_format=torch.channels_last)
         torch.addcmul(_repeated(bias - mean * gain, k), wide, _repeated(gain, k), out=_wide(out)[0])
         return out, mean, var
@@ -72,7 +74,7 @@ class _NormaliseRows(torch.autograd.Function):
         x, weight, mean, var = ctx.saved_tensors
         wide, k = _wide(x)
         of_out, _ = _wide(gradients[0])
-        # With given statistics the kernel gives the two sums in one pass; those statistics' own gradient is added here.
+        # With given statistics the kernel returns both sums in one pass; the gradient through the statistics is added here.
         _, *sums = torch.ops.aten.native_batch_norm_backward(
             of_out, wide, None, mean.repeat(k), var.repeat(k), None, None, False, ctx.eps, [False, True, True]
         )
@@ -88,7 +90,7 @@ class _NormaliseRows(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Each of the stacked batches by itself."""
+        """Normalise each of the stacked batches by itself."""
         each = zip(
             *(
                 [value] * info.batch_size if dim is None else value.unbind(dim)
@@ -100,12 +102,12 @@ class _NormaliseRows(torch.autograd.Function):
         return tuple(outputs), (0,) * len(outputs)
 
 
-WIDE = 2048  # channels in which the kernels are as fast as they get
+WIDE = 2048  # number of channels at which the kernels reach their full speed
 
 
 @cache
 def _slots(pixels: int, channels: int) -> int:
-    """How many pixels to take as one: a divisor of their number, and not all of it."""
+    """Number of pixels to merge into one: a divisor of ``pixels``, smaller than it."""
     return next((k for k in range(min(WIDE // channels, pixels // 2), 1, -1) if pixels % k == 0), 1)
 
 
@@ -119,5 +121,5 @@ def _wide(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _repeated(values: Tensor, k: int) -> Tensor:
-    """One value a channel as (1, k * channels, 1, 1)."""
+    """One value per channel, repeated to (1, k * channels, 1, 1)."""
     return values.repeat(k).view(1, -1, 1, 1)

@@ -1,8 +1,7 @@
 """Hyper-parameters: defaults <- preset <- overrides, checked by name and type. The only importer of omegaconf."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -10,18 +9,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tta.messages import nearest as nearest  # explicit: others call it as config.nearest
+
 C = TypeVar("C")
 PLAIN = (bool, int, float, str, bytes, list, tuple, dict, type(None))
 
 
 class ConfigError(ValueError):
-    """A hyper-parameter, preset or setting that does not exist or does not fit its type."""
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the choice most like ``word``, or nothing where none is alike."""
-    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean '{match[0]}'?" if match else ""
+    """Error of a hyper-parameter, preset or setting that does not exist or does not fit its type."""
 
 
 def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
@@ -92,7 +87,7 @@ def parse(text: str) -> Any:
 
 
 def load(folder: str, name: str) -> dict[str, Any]:
-    """The YAML file ``configs/<folder>/<name>.yaml`` as a dictionary; empty where there is none."""
+    """The YAML file ``configs/<folder>/<name>.yaml`` as a dictionary; empty if there is none."""
     file = resources.files("tta.configs") / folder / f"{name}.yaml"
     return dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
 

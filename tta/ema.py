@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model, in its present state, whose parameters get no gradient: a teacher to begin with."""
+    """A copy of the model, in its present state, whose parameters get no gradient: the initial teacher."""
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -16,13 +16,13 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def follow(teacher: nn.Module, student: nn.Module, share: float, when: Tensor) -> None:
     """Move the teacher towards the student: ``teacher = (1 - share) * teacher + share * student``.
 
-    Only parameters that the student learns move, never buffers: the others are the same in both.
+    Only parameters that the student learns move, never buffers: all others are the same in both.
 
     Args:
         teacher: a :func:`frozen_copy` of the student.
         student: what it was copied from.
         share: of the student, in [0, 1].
-        when: boolean scalar, may lie on a GPU; the teacher stays where it is if false.
+        when: boolean scalar, may be on a GPU; if false the teacher stays as it is.
     """
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     learned = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
@@ -34,9 +34,9 @@ def blend(tensors: Iterable[Tensor], others: Iterable[Tensor], share: float | Te
     """Move each tensor towards another: ``tensor = (1 - share) * tensor + share * other``.
 
     Args:
-        tensors, others: as many, of the same shapes.
+        tensors, others: equally many, of the same shapes.
         share: of the others, in [0, 1]; a scalar.
-        when: boolean scalar, may lie on a GPU; the tensors stay as they are if false.
+        when: boolean scalar, may be on a GPU; if false the tensors stay as they are.
     """
     weight = share * when.float()
     for tensor, other in zip(tensors, others, strict=True):
@@ -45,12 +45,12 @@ def blend(tensors: Iterable[Tensor], others: Iterable[Tensor], share: float | Te
 
 @torch.no_grad()
 def overwrite(parameters: Iterable[Tensor], values: Iterable[Tensor], where: Iterable[Tensor]) -> None:
-    """Put single weights in place of others: those of ``values`` where the masks are true.
+    """Overwrite single weights with those of ``values`` where the masks are true.
 
     Args:
         parameters: changed in place.
         values: one of the same shape for each.
-        where: boolean, one for each, may lie on a GPU.
+        where: boolean, one for each, may be on a GPU.
     """
     for parameter, value, mask in zip(parameters, values, where, strict=True):
         parameter.copy_(torch.where(mask, value, parameter))

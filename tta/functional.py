@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (batch, classes), float32, in what a model returned: the tensor itself or its ``.logits``.
+    """Logits (batch, classes), float32, from the output of a model: the tensor itself or its ``.logits``.
 
     Raises:
         TypeError: neither a tensor nor an object with ``.logits``.
@@ -74,7 +74,7 @@ def soft_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
 
 
 def matmul(first: Tensor, second: Tensor) -> Tensor:
-    """The matrix product, which autocast would round to half precision: of features whose small differences decide."""
+    """Matrix product without autocast, whose half precision would hide small differences between features."""
     with torch.autocast(first.device.type, enabled=False):
         return first @ second
 
@@ -95,19 +95,19 @@ def symmetric_cross_entropy(logits: Tensor, target_logits: Tensor) -> Tensor:
 
 
 def gradients_of(loss: Tensor, tensors: Sequence[Tensor], *, materialize: bool = False) -> tuple[Any, ...]:
-    """Gradients of a scalar, without autocast: it would round the products of the backward pass of float32 operations too.
+    """Gradients of a scalar, without autocast, which would round the backward pass of float32 operations too.
 
     Args:
         loss: a scalar.
-        tensors: what to derive by.
-        materialize: zeros, not None, where the loss does not depend on a tensor.
+        tensors: those that the gradients are taken with respect to.
+        materialize: return zeros, not None, for a tensor that the loss does not depend on.
     """
     with torch.autocast(loss.device.type, enabled=False):
         return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=materialize)
 
 
 def reliable(entropies: Tensor, margin: float) -> Tensor:
-    """Which samples the model is sure enough of to learn from: those with an entropy below ``margin``.
+    """Mask of the samples that are reliable enough to learn from: those with an entropy below ``margin``.
 
     Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
 
@@ -122,14 +122,14 @@ def reliable(entropies: Tensor, margin: float) -> Tensor:
 
 
 def unlike(probabilities: Tensor, average: Tensor, margin: float) -> Tensor:
-    """Which predictions are not redundant: their cosine similarity with ``average`` is below ``margin`` in magnitude.
+    """Mask of the predictions that are not redundant: absolute cosine similarity with ``average`` below ``margin``.
 
     Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
 
     Args:
         probabilities: (batch, classes).
-        average: (classes,), of the predictions learned from so far; zeros where there are none yet, which every
-            prediction is unlike.
+        average: (classes,), of the predictions learned from so far; zeros if there are none yet: no prediction is
+            redundant then.
         margin: above 0, at most 1.
 
     Returns:
@@ -141,20 +141,20 @@ def unlike(probabilities: Tensor, average: Tensor, margin: float) -> Tensor:
 def weighted_distance(
     tensors: Iterable[Tensor], anchors: Iterable[Tensor], weights: Iterable[Tensor | float]
 ) -> Tensor:
-    """Squared distance of tensors from their anchors, entry by entry times a weight, summed over all; a scalar."""
+    """Squared distance of tensors from their anchors, each entry times its weight, summed over all; a scalar."""
     terms = [(w * (t - a).square()).sum() for t, a, w in zip(tensors, anchors, weights, strict=True)]
     return torch.stack(terms).sum()
 
 
 def below_quantile(values: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Which entries lie below the quantile of all entries together, interpolated linearly between ranks.
+    """Masks of the entries below a quantile of all entries together, interpolated linearly between ranks.
 
     Args:
         values: tensors of any shapes, at least two entries in all.
-        share: of the quantile, in [0, 1]; below 0 there is nothing.
+        share: the quantile, in [0, 1]; no entry is below that of 0.
 
     Returns:
-        a boolean tensor for each of ``values``.
+        A boolean tensor for each of ``values``.
     """
     flat = torch.cat([value.flatten() for value in values])
     rank = share * (len(flat) - 1)
@@ -166,14 +166,14 @@ def below_quantile(values: Sequence[Tensor], share: float) -> list[Tensor]:
 
 
 def followed(average: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """The average prediction after a batch: nine tenths of what it was, one tenth the mean of the chosen predictions.
+    """The average prediction after a batch: 0.9 times the average before, plus 0.1 times the mean of the chosen ones.
 
-    Where none is chosen it stays as it is.
+    If none is chosen it stays as it is.
 
     Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
 
     Args:
-        average: (classes,); zeros stand for none yet, and the first mean replaces them.
+        average: (classes,); zeros if there is none yet: the first mean replaces them.
         probabilities: (batch, classes).
         chosen: (batch,), boolean.
 
@@ -186,7 +186,7 @@ def followed(average: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the rows that the mask keeps, over rows; zero, not NaN, where it keeps none.
+    """Mean over the rows that the mask keeps; zero, not NaN, if it keeps none.
 
     Args:
         values: (batch, ...).
@@ -202,11 +202,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance over the batch, at every location: (batch, ...) -> (...), (...), float32.
 
-    ``x`` itself is not needed again: an in-place operation may follow it before the backward pass.
+    ``x`` is not kept for the backward pass: an in-place operation may change it before.
     """
     x = x.float()
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    # Rows in the order of memory: on a CPU, sums over a strided batch take twenty times as long.
+    # Rows in the order of memory: on a CPU, sums over a strided batch take 20 times as long.
     ordered = x.permute(0, 2, 3, 1) if last else x
     mean, var = _RowMoments.apply(ordered.reshape(len(x), -1))
     moments = mean.view(ordered.shape[1:]), var.view(ordered.shape[1:])
@@ -231,9 +231,9 @@ class _RowMoments(torch.autograd.Function):
 
 
 def symmetric_kl(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_covariance: Tensor) -> Tensor:
-    """Kullback-Leibler divergence between normal distributions, both ways, summed; nats.
+    """Sum of the Kullback-Leibler divergences between two normal distributions in both directions, nats.
 
-    NaN where a covariance is not positive definite.
+    NaN if a covariance is not positive definite.
 
     Args:
         mean, other_mean: (..., width).
@@ -256,7 +256,7 @@ def symmetric_kl(mean: Tensor, covariance: Tensor, other_mean: Tensor, other_cov
 
 def _trace_of_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Trace of ``inverse(denominator) @ numerator``."""
-    factor, failed = torch.linalg.cholesky_ex(denominator)  # unlike cholesky, it makes nobody wait for a GPU
+    factor, failed = torch.linalg.cholesky_ex(denominator)  # unlike cholesky, it does not wait for a GPU
     trace = torch.cholesky_solve(numerator, factor).diagonal(dim1=-2, dim2=-1).sum(-1)
     return trace.masked_fill(failed != 0, torch.nan)
 
@@ -268,11 +268,11 @@ def otsu_threshold(scores: Tensor, valid: Tensor, thresholds: Tensor) -> Tensor:
 
     Args:
         scores: (n,).
-        valid: (n,), boolean: which of them count.
-        thresholds: to choose from, float64, ascending. Scores that equal one belong to the group above it.
+        valid: (n,), boolean mask of the scores that count.
+        thresholds: candidates, float64, ascending. A score equal to the threshold belongs to the group above it.
 
     Returns:
-        a scalar, float64: the smallest of those that are equally good, the first where none splits the scores.
+        A scalar, float64: the smallest of equally good thresholds, the first one if none splits the scores.
     """
     ordered = scores.double().masked_fill(~valid, torch.inf).sort().values
     below = torch.searchsorted(ordered, thresholds)
@@ -280,4 +280,4 @@ def otsu_threshold(scores: Tensor, valid: Tensor, thresholds: Tensor) -> Tensor:
     sums = F.pad(torch.where(ordered.isfinite(), ordered, 0).cumsum(0), (1, 0))
     gap = sums[below] / below.clamp(min=1) - (sums[-1] - sums[below]) / above.clamp(min=1)
     between = torch.where((below > 0) & (above > 0), below * above * gap.square(), -torch.inf)
-    return thresholds[between.argmax()]  # the most variance between the groups is the least within
+    return thresholds[between.argmax()]  # most variance between the groups is least within them

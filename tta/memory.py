@@ -11,10 +11,10 @@ from tta.functional import matmul
 
 
 class Bank(nn.Module):
-    """A fixed number of slots for samples, each filed under its predicted class.
+    """A fixed number of slots for samples, each with its predicted class.
 
-    Samples lie on the adapter's device, the books on the CPU, wherever the adapter goes: a decision depends on the one
-    before, and a GPU would be waited for at each.
+    Samples are on the adapter's device. The books (labels, ages, counts) stay on the CPU: each decision depends on the
+    one before, and on a GPU each would have to be waited for.
     """
 
     labels: Tensor  # predicted class of each slot, -1 in an empty one
@@ -28,7 +28,7 @@ class Bank(nn.Module):
         self.register_buffer("samples", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bank":
-        """Move the samples, never the books."""
+        """Move the samples; the books stay on the CPU."""
         if self.samples is not None:
             self.samples = fn(self.samples)
         return self
@@ -47,10 +47,10 @@ class Bank(nn.Module):
 class BalancedMemory(Bank):
     """A bank of samples, balanced over predicted classes, that prefers young and certain ones.
 
-    A class may fill its equal share of the bank; what a full bank gives up belongs to the largest classes, what a full
-    class gives up is its own. It is the sample with the highest score ``lambda_t / (1 + exp(-age / capacity)) +
-    lambda_u * uncertainty / ln(classes)``, and only if that is above the newcomer's; among equals the last in the
-    order of class, then arrival. Ages count the samples offered since, taken or not.
+    A class may fill its equal share of the bank. If the class of a newcomer has filled it, a sample of that class is
+    replaced; else, if the bank is full, a sample of the largest classes. It is the one with the highest score ``lambda_t /
+    (1 + exp(-age / capacity)) + lambda_u * uncertainty / ln(classes)``, and only if that is above the newcomer's; among
+    equals the last in order of class, then arrival. An age is the number of samples offered since, kept or not.
 
     Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023.
 
@@ -200,10 +200,10 @@ class PredictionBalancedReservoir(Bank):
 
 
 class ReplayMemory(Bank):
-    """A bank whose full places go round: a newcomer takes that of the oldest sample of the class most seen of late.
+    """A bank that, when full, replaces the oldest sample of the class that was most frequent in recent readings.
 
-    How much of a class was seen is a moving average of the samples it had at each reading, with a share of 0.1; among
-    classes equal in that, as all are before the first reading, one is drawn.
+    The frequency is a moving average of the number of samples that the class had at each reading, the newest with a share
+    of 0.1. Among classes of equal frequency, as all are before the first reading, one is drawn.
 
     Yu et al., "STAMP: Outlier-Aware Test-Time Adaptation with Stable Memory Replay", ECCV 2024.
 
@@ -222,7 +222,7 @@ class ReplayMemory(Bank):
         self.register_buffer("seen", None)
 
     def add(self, samples: Tensor, labels: Tensor, classes: int, pick: Callable[[list[int]], int]) -> None:
-        """Offer samples in order; every one is taken.
+        """Offer samples in order; every one is kept.
 
         Args:
             samples: (batch, ...).
@@ -251,7 +251,7 @@ class ReplayMemory(Bank):
         self.seen = torch.tensor(seen)
 
     def read(self) -> Tensor:
-        """All samples, in order of class and then arrival, (number held, ...); the reading counts."""
+        """All samples, in order of class and then arrival, (number held, ...); updates the frequencies."""
         assert self.samples is not None, "read() of a memory that was never offered a sample"
         assert self.seen is not None
         order = self._order()
@@ -267,19 +267,20 @@ class ReplayMemory(Bank):
 
 
 class RunningGaussian(nn.Module):
-    """Mean and covariance of the features so far, of one group of samples or of several.
+    """Running mean and covariance of features, of one group of samples or of several.
 
-    A new sample weighs one over the number of its group's, and no less than ``1 / length``: what is older fades. In a
-    batch with more than ``length`` samples of a group each weighs one over their number.
+    A new sample weighs 1 / (samples of its group so far), and at least ``1 / length``, so that older ones fade. In a
+    batch with more than ``length`` samples of a group each weighs 1 / (their number).
 
     Su et al., "Revisiting Realistic Test-Time Training: Sequential Inference and Adaptation by Anchored Clustering",
     NeurIPS 2022.
 
     Args:
-        mean: (groups, width), to begin with.
-        covariance: (groups, width, width), or (groups, width) for variances alone; divided by the number of samples.
+        mean: initial mean, (groups, width).
+        covariance: initial covariance, (groups, width, width), or (groups, width) for variances only; divided by the
+            number of samples.
         length: 1 or more; infinite for plain moments.
-        count: samples that the beginning stands for.
+        count: number of samples that the initial moments count as.
     """
 
     mean: Tensor
@@ -294,16 +295,14 @@ class RunningGaussian(nn.Module):
         self.register_buffer("count", torch.full_like(mean[:, 0], count))
 
     def add(self, features: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in features.
-
-        Moments that are not finite are not kept.
+        """Update the moments with a batch of features, unless the result is not finite.
 
         Args:
             features: (batch, width).
             member: (batch, groups), boolean.
 
         Returns:
-            mean and covariance afterwards, through which gradients flow to these features and no earlier ones.
+            Mean and covariance after the update; gradients flow to these features, not to earlier ones.
         """
         member = member.to(features.dtype)
         arrived = member.sum(0)
@@ -325,9 +324,9 @@ class RunningGaussian(nn.Module):
 
 
 class ReviewQueue(nn.Module):
-    """The last images, each with a moving average of its predictions, and whether these can be trusted.
+    """The last images, each with a moving average of its predictions, and whether it can be trusted.
 
-    The moving average takes in nine tenths of a new prediction. An image whose top probability falls more than
+    A new prediction has a share of 0.9 in the moving average. An image whose top probability falls more than
     ``tolerance`` below the average for that class is distrusted for the next five passes over the queue.
 
     Su et al., "Revisiting Realistic Test-Time Training: Sequential Inference and Adaptation by Anchored Clustering",
@@ -335,7 +334,7 @@ class ReviewQueue(nn.Module):
 
     Args:
         capacity: number of images.
-        tolerance: probability.
+        tolerance: a difference of probabilities.
     """
 
     images: Tensor | None  # (capacity, ...)
@@ -373,14 +372,14 @@ class ReviewQueue(nn.Module):
         self.offered += len(images)
 
     def begin_pass(self) -> None:
-        """A pass over the queue: those distrusted are a pass nearer to being trusted again."""
+        """Begin a pass over the queue: one pass less until each distrusted image is trusted again."""
         self.distrust.sub_(1).clamp_(min=0)
 
     def review(self, slots: Tensor, probabilities: Tensor) -> Tensor:
-        """Take in new predictions of some of the images.
+        """Update the moving averages with new predictions of some of the images.
 
         Args:
-            slots: (n,), where the images lie.
+            slots: (n,), places of the images in the queue.
             probabilities: (n, classes).
 
         Returns:
@@ -391,7 +390,7 @@ class ReviewQueue(nn.Module):
         top, label = probabilities.max(1)
         fell = top <= before.gather(1, label[:, None])[:, 0] - self.tolerance
         self.distrust[slots] = torch.where(fell, 5, self.distrust[slots])
-        # Which entries are new is asked of each by itself, as published: a probability that underflowed counts as new.
+        # As published, each entry decides for itself whether it is new: a probability that underflowed to 0 counts as new.
         average = torch.where(before == 0, probabilities, 0.1 * before + 0.9 * probabilities)
         self.predictions[slots] = average
         return torch.where((self.distrust[slots] == 0)[:, None], average, 0)

@@ -1,6 +1,6 @@
 """Normalisation layers: find them, choose their statistics, name their affine parameters.
 
-Which statistics a BatchNorm layer uses belongs to the method. Every function here makes the choice part of the layer
+The method chooses the statistics that a BatchNorm layer uses. Every function here makes the choice part of the layer
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
@@ -18,7 +18,7 @@ from tta import channels_last
 # Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
 BATCH_NORMS = (_BatchNorm,)
 AFFINE_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
-# The top of a ResNet-50 and of a ViT-B, which SAR and the methods built on it leave alone.
+# The top of a ResNet-50 and of a ViT-B, which SAR and the methods built on it do not adapt.
 TOP = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm")
 
 
@@ -31,7 +31,7 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) 
     """Normalisation layers of the given kinds.
 
     Raises:
-        ValueError: the model has none; the message names what was looked for and what normalisation-like layers exist.
+        ValueError: the model has none; the message names the kinds looked for, and the similar layers that exist.
     """
     found = [module for _, module in named_layers(model, kinds)]
     if not found:
@@ -46,15 +46,15 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) 
 
 
 def within(name: str, parts: Iterable[str]) -> bool:
-    """Whether a module's dotted name holds one of the dotted parts: ``model.blocks.9.norm1`` lies within ``blocks.9``."""
+    """Whether a module's dotted name contains one of the dotted parts: ``model.blocks.9.norm1`` lies within ``blocks.9``."""
     return any(f".{part}." in f".{name}." for part in parts)
 
 
 def layers_outside(model: nn.Module, exclude: Sequence[str]) -> list[nn.Module]:
-    """Normalisation layers that lie within none of the modules of these names.
+    """Normalisation layers outside the modules whose names contain one of ``exclude``.
 
     Raises:
-        ValueError: none is left; the message lists all.
+        ValueError: no layer is left; the message lists all.
     """
     named = named_layers(model)
     found = [layer for name, layer in named if not within(name, exclude)]
@@ -71,6 +71,10 @@ def use_batch_statistics(layer: nn.Module) -> None:
 
     The running statistics are removed: a layer without them has only the batch to look at. Other layers (GroupNorm,
     LayerNorm) have no batch statistics and are left as they are.
+
+    A plain ``nn.BatchNorm2d`` changes its class, in place: it becomes a
+    :class:`~tta.channels_last.ChannelsLastBatchNorm2d`, which computes the same, and more exactly where the images are
+    channels-last on a CPU.
     """
     if isinstance(layer, _BatchNorm):
         layer.track_running_stats = False
@@ -82,7 +86,7 @@ def use_batch_statistics(layer: nn.Module) -> None:
 
 @contextmanager
 def by_batch(model: nn.Module) -> Iterator[None]:
-    """Within this context BatchNorm layers normalise by the current batch; what they have stored is left as it is."""
+    """Within this context BatchNorm layers normalise by the current batch; their stored statistics do not change."""
     layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
     stored = [(layer, type(layer), layer.running_mean, layer.running_var) for layer in layers]
     for layer, _, _, _ in stored:
@@ -97,11 +101,11 @@ def by_batch(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_statistics(model: nn.Module) -> Iterator[None]:
-    """Within this context BatchNorm layers do what they do in training: the batch normalises and moves what is stored.
+    """Within this context BatchNorm layers work as in training: normalise by the batch, update the stored statistics.
 
-    Each layer keeps its own momentum. Statistics that are not finite are forgotten at the end of the context: on a GPU a
-    bad batch is reported a batch late. A layer that stores nothing normalises by the batch anyway. The backward pass of an
-    earlier forward reads what is stored: run it before, or it reads what this context has made of it.
+    Each layer keeps its own momentum. Updates that are not finite are undone at the end of the context, because on a GPU
+    a bad batch is reported one batch late. A layer without stored statistics normalises by the batch anyway. Run the
+    backward pass of an earlier forward before this context: it reads the stored statistics, which change here.
     """
     layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
     names = ("running_mean", "running_var", "num_batches_tracked")
@@ -118,7 +122,7 @@ def training_statistics(model: nn.Module) -> Iterator[None]:
             if layer.running_mean is not None and layer.running_var is not None:
                 finite = layer.running_mean.isfinite() & layer.running_var.isfinite()
                 for name, value in zip(names, values, strict=True):
-                    if value is not None:  # changed so that autograd does not refuse it
+                    if value is not None:  # through .data: autograd would refuse to change a tensor it has saved
                         good = finite if value.dim() else finite.all()
                         value.data.copy_(torch.where(good, getattr(layer, name), value))
             for name, value in zip(names, values, strict=True):
@@ -130,7 +134,7 @@ class BlendedBatchNorm(nn.Module):
 
     The batch variance is the unbiased one, as in the published code; statistics enter as constants (no gradient flows
     through them). With ``remember`` on, the blend becomes the stored statistics (an exponential moving average). The
-    wrapped layer keeps its own class, so fused activations (timm's ``BatchNormAct2d``) go on working.
+    wrapped layer keeps its own class, so fused activations (timm's ``BatchNormAct2d``) keep working.
 
     Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020.
     """
@@ -147,13 +151,13 @@ class BlendedBatchNorm(nn.Module):
         self.remember = False
 
     def train(self, mode: bool = True) -> "BlendedBatchNorm":
-        """Do nothing: the wrapped layer reads the statistics it is given, whatever the mode of the model."""
+        """Do nothing: the wrapped layer uses the statistics it is given in every mode of the model."""
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             dims = [d for d in range(x.dim()) if d != 1]
-            # One value a channel has no unbiased variance; its biased one is 0, which the source share keeps usable.
+            # One value per channel has no unbiased variance. Its biased one is 0: the source's share keeps the blend usable.
             correction = 1 if x.numel() > x.shape[1] else 0
             batch_var, batch_mean = torch.var_mean(x.float(), dim=dims, correction=correction)
             running_mean, running_var = self._stored()
@@ -161,13 +165,14 @@ class BlendedBatchNorm(nn.Module):
             var = torch.lerp(running_var, batch_var, self.weight)
             if self.remember:
                 self._store(mean, var)
-        return functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
+        out: Tensor = functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
+        return out
 
     @torch.no_grad()
     def _store(self, mean: Tensor, var: Tensor) -> None:
-        """Take over statistics, but for channels where they are not finite.
+        """Store statistics, except in channels where they are not finite.
 
-        On a GPU a bad batch is reported a batch late: it must not enter the stored statistics meanwhile.
+        On a GPU a bad batch is reported one batch late: until then it must not enter the stored statistics.
         """
         running_mean, running_var = self._stored()
         finite = mean.isfinite() & var.isfinite()
@@ -181,24 +186,26 @@ class BlendedBatchNorm(nn.Module):
         return running_mean, running_var
 
     def _scaled(self, normalised: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the layer itself makes of normalised values: it scales, shifts and, if it is of such a kind, activates."""
+        """Apply the layer's own scale, shift and, if it has one, activation to normalised values."""
         mean, var = self._stored()
         neutral = {"running_mean": torch.zeros_like(mean), "running_var": torch.ones_like(var) - self.layer.eps}
-        return functional_call(self.layer, neutral, (normalised.to(dtype),))
+        out: Tensor = functional_call(self.layer, neutral, (normalised.to(dtype),))
+        return out
 
 
 class RobustBatchNorm(BlendedBatchNorm):
-    """A BatchNorm layer that normalises by its stored statistics, and that learns them while it is ``remembering``.
+    """A BatchNorm layer that normalises by its stored statistics, and updates them while :func:`remembering`.
 
-    While it does, a blend with the batch's statistics (biased variance) is what it stores and normalises by, and
-    gradients flow through the batch's share. Statistics are float32.
+    Then it stores a blend with the batch's statistics (biased variance) and normalises by it; gradients flow through the
+    batch's share. Statistics are float32.
 
     Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.remember:
-            return self.layer(x)
+            out: Tensor = self.layer(x)
+            return out
         values = x.float()
         batch_var, batch_mean = torch.var_mean(values, dim=[d for d in range(x.dim()) if d != 1], correction=0)
         running_mean, running_var = self._stored()
@@ -210,14 +217,15 @@ class RobustBatchNorm(BlendedBatchNorm):
 
 
 class MovingBatchNorm(BlendedBatchNorm):
-    """A BatchNorm layer that normalises by its stored statistics; while it is ``remembering``, by the batch's.
+    """A BatchNorm layer that normalises by its stored statistics; while :func:`remembering`, by the batch's.
 
-    These then move the stored ones, as in training mode with a momentum of ``weight``.
+    The batch's then update the stored ones, as in training mode with a momentum of ``weight``.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.remember:
-            return self.layer(x)
+            out: Tensor = self.layer(x)
+            return out
         values = x.float()
         mean, var = self._take_in(values)
         count = values.numel() / values.shape[1]
@@ -235,10 +243,10 @@ class MovingBatchNorm(BlendedBatchNorm):
 
 
 class InstanceAwareBatchNorm(MovingBatchNorm):
-    """A BatchNorm layer whose statistics give way to those of an image where the two differ by more than chance.
+    """A BatchNorm layer that moves its statistics towards an image's own where the two differ by more than chance.
 
-    Differences below ``k`` standard errors of the image's own mean and variance count as chance. In a map of a single
-    value there are none. The batch's statistics stand in for the stored ones while the layer is ``remembering``.
+    Differences below ``k`` standard errors of the image's own mean and variance count as chance. A map of a single value
+    has no statistics of its own. While :func:`remembering`, the batch's statistics replace the stored ones.
 
     Gong et al., "NOTE: Robust Continual Test-time Adaptation Against Temporal Correlation", NeurIPS 2022.
     """
@@ -264,7 +272,7 @@ class InstanceAwareBatchNorm(MovingBatchNorm):
 
 
 def _shrunk(x: Tensor, by: Tensor) -> Tensor:
-    """``x`` moved towards zero by a distance, no further than zero."""
+    """Soft threshold: ``x`` moved towards zero by a distance, at most to zero."""
     return x - torch.minimum(torch.maximum(x, -by), by)
 
 

@@ -1,7 +1,7 @@
-"""Where a method listens in a model: classifier head and features, activations of chosen layers, tokens of a ViT.
+"""Hooks for features and activations: the classifier head and its input, chosen layers, the tokens of a ViT.
 
-Everything is found below any wrapping (an input normalisation, a module of your own), and everything is a hook that
-lives as long as its ``with`` block: no second pass, and nothing left behind in the model.
+Layers are found inside any wrapper (an input normalisation, a module of your own). A hook lives as long as its ``with``
+block: no second forward pass, and nothing is left in the model.
 """
 
 import math
@@ -22,17 +22,19 @@ TOKEN_PARTS = ("patch_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens",
 
 
 def head(model: nn.Module, name: str | None = None) -> str:
-    """Name of the final linear layer, whose input are the features.
+    """Name of the final linear layer; its input is the features.
 
     Args:
         model: any classifier.
-        name: of the layer, where the model's author knows better. Left out: what a timm model calls its classifier, else
-            the last ``nn.Linear`` in the model.
+        name: of the layer, if it is known. Left out: the classifier of a timm model (``get_classifier``), else the last
+            ``nn.Linear`` in the model.
 
     Raises:
-        ValueError: no such layer; the linear layers there are get listed.
+        ValueError: there is no such layer; the message lists the linear layers.
     """
-    linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear: dict[str, nn.Module] = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     if name is not None:
         if name not in linear:
             raise ValueError(f"{type(model).__name__} has no linear layer '{name}'. It has: {_some(list(linear))}.")
@@ -50,7 +52,7 @@ def head(model: nn.Module, name: str | None = None) -> str:
 
 
 def unfreeze(model: nn.Module, part: Part) -> None:
-    """Let one part of the model learn, and nothing else.
+    """Make one part of the model require gradients, and no other.
 
     Args:
         model: any classifier.
@@ -107,10 +109,10 @@ def look(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 def activations(
     model: nn.Module, names: Sequence[str], reduce: Callable[[Tensor], Any] = lambda output: output
 ) -> Iterator[dict[str, Any]]:
-    """Within this context a forward leaves ``reduce(output)`` of each named layer in the dictionary.
+    """Within this context a forward puts ``reduce(output)`` of each named layer into the dictionary.
 
-    ``reduce`` runs at once, inside the hook, so that a later in-place operation (an in-place ReLU) cannot change what
-    it sees. A layer that one forward reaches several times is kept under ``name``, ``name:1``, ``name:2`` ...
+    ``reduce`` runs inside the hook, before an in-place operation that follows (an in-place ReLU) can change the output. A
+    layer that one forward reaches several times is kept under ``name``, ``name:1``, ``name:2`` ...
     """
     seen: dict[str, Any] = {}
     calls: Counter[str] = Counter()
@@ -129,7 +131,7 @@ def activations(
 
 
 def select(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
-    """The names that any of the shell patterns matches, from any dot on (``layer3.*`` finds ``model.layer3.0.bn1``).
+    """Names that match any of the shell patterns, from any dot on (``layer3.*`` finds ``model.layer3.0.bn1``).
 
     Args:
         names: dotted names, in order.
@@ -147,10 +149,10 @@ def select(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
 
 
 def vision_transformer(model: nn.Module) -> nn.Module:
-    """The timm ``VisionTransformer`` that the model is or wraps.
+    """The timm ``VisionTransformer`` in the model, or the model itself if it is one.
 
     Raises:
-        ValueError: there is none; the message says what was looked for and what was found.
+        ValueError: there is none; the message says what was looked for and found.
     """
     for module in model.modules():
         # rotary embeddings are laid out for a fixed number of tokens
@@ -166,7 +168,7 @@ def vision_transformer(model: nn.Module) -> nn.Module:
 
 
 def random_tokens(vit: nn.Module, number: int, generator: torch.Generator) -> Tensor:
-    """Tokens (1, number, width) to start prompts from, uniform in the bounds that the patch embedding's size gives.
+    """Initial prompt tokens (1, number, width), uniform in bounds that depend on the size of the patch embedding.
 
     Jia et al., "Visual Prompt Tuning", ECCV 2022.
     """
@@ -176,7 +178,7 @@ def random_tokens(vit: nn.Module, number: int, generator: torch.Generator) -> Te
 
 
 def class_token_layers(model: nn.Module) -> tuple[str, ...]:
-    """Where the class token shows what each block of a timm ViT gave: the norms between the blocks, and the head.
+    """Layers at which the class token is read after each block of a timm ViT: the first norm of the next, at last the head.
 
     Raises:
         ValueError: no timm ``VisionTransformer``, or one without a class token.
@@ -200,8 +202,8 @@ def class_tokens(model: nn.Module, layers: Sequence[str], images: Tensor) -> tup
 def extra_tokens(vit: nn.Module, tokens: Tensor) -> Iterator[None]:
     """Within this context ``tokens`` (1, n, width) pass through the blocks of a timm ViT, behind its class token.
 
-    They join after the position embedding and leave before the final norm, so that any pooling sees the model's own
-    tokens alone.
+    They are inserted after the position embedding and removed before the final norm, so that pooling sees only the
+    model's own tokens.
     """
     first, last = int(vit.num_prefix_tokens), int(vit.num_prefix_tokens) + tokens.shape[1]  # type: ignore[arg-type]
 
@@ -212,8 +214,8 @@ def extra_tokens(vit: nn.Module, tokens: Tensor) -> Iterator[None]:
         return (torch.cat([args[0][:, :first], args[0][:, last:]], dim=1),)
 
     with ExitStack() as stack:
-        stack.callback(vit.norm_pre.register_forward_hook(join).remove)  # type: ignore[operator, union-attr]
-        stack.callback(vit.norm.register_forward_pre_hook(leave).remove)  # type: ignore[operator, union-attr]
+        stack.callback(vit.norm_pre.register_forward_hook(join).remove)  # type: ignore[union-attr]
+        stack.callback(vit.norm.register_forward_pre_hook(leave).remove)  # type: ignore[union-attr]
         yield
 
 

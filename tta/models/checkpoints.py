@@ -1,4 +1,4 @@
-"""Checkpoints: weights from a file into a network, and what to say when they do not fit."""
+"""Checkpoints: weights from a file into a network, or an error that says why they do not fit."""
 
 import pickle
 import re
@@ -19,7 +19,7 @@ NORMALISATION = (("mu", "sigma"), ("normalize.mean", "normalize.std"), ("mean", 
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """What a ``.safetensors`` or torch file holds, ``state_dict`` / ``model`` / ``net`` wrappings taken off.
+    """Read the weights in a ``.safetensors`` or torch file, without ``state_dict`` / ``model`` / ``net`` around them.
 
     No code in the file is run.
 
@@ -57,17 +57,17 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """What torch or safetensors found, without their advice: the type that is no tensor, else the first sentence."""
+    """The reason that torch or safetensors give, without their advice: a type that is no tensor, or the first sentence."""
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"an object of type {found[1]}"
     return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[float]] | None:
-    """Load a checkpoint into a network, prefixes such as ``module.`` taken off.
+    """Load a checkpoint into a network, without prefixes such as ``module.``.
 
     Returns:
-        mean and std of the input normalisation, where the checkpoint brings them along, else None.
+        Mean and std of the input normalisation if the checkpoint holds them, else None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,12 +94,12 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[
         lines = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys]
         hint = "" if wrong["missing"] or wrong["unexpected"] else _other_classes(model, state)
         raise ValueError(f"The checkpoint '{path}' does not fit {type(model).__name__}. " + " ".join(lines) + hint)
-    model.load_state_dict(state, strict=False)  # num_batches_tracked alone may be absent: nothing reads it in eval()
+    model.load_state_dict(state, strict=False)  # only num_batches_tracked may be absent: nothing reads it in eval()
     return normalisation
 
 
 def _aligned(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with names that begin as the network's own do: a prefix that all names share comes off, or goes on."""
+    """The state under the network's own names: a prefix that all names share is removed, or added."""
     ours = _first_parts(own)
     shorter = state
     while shorter and not ours & _first_parts(shorter):
@@ -122,7 +122,7 @@ def _share_prefix(names: Iterable[str]) -> bool:
 
 
 def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """A hint where the checkpoint's classifier has another number of classes than the network's."""
+    """A hint if the checkpoint's classifier has another number of classes than the network's, else nothing."""
     own = model.state_dict()
     differing = {key for key in own if key in state and state[key].shape != own[key].shape}
     try:

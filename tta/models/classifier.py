@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of networks that take [0, 1] as it is
+NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of networks that take images in [0, 1] as they are
 
 
 class ImageClassifier(nn.Module):
@@ -19,12 +19,12 @@ class ImageClassifier(nn.Module):
         model: the network on normalised images.
         mean: per channel, of images in [0, 1].
         std: per channel.
-        spec: what :func:`tta.load_model` was asked for, for the manifest.
-        input_size: height and width the network was trained on, where known.
-        interpolation: how images were resized for the published numbers (``"bilinear"``, ``"bicubic"``), where known.
-        resize: pixels of the shorter side after that, where known.
-        crop: what followed: ``"center"`` cuts ``input_size`` out of the middle, ``"squash"`` resized both sides.
-        clean_error: what these weights are published with, %, on clean test images of what they were trained on.
+        spec: argument of :func:`tta.load_model`, for the manifest.
+        input_size: height and width the network was trained on, if known.
+        interpolation: how images were resized for the published numbers (``"bilinear"``, ``"bicubic"``), if known.
+        resize: pixels of the shorter side after that, if known.
+        crop: ``"center"`` if ``input_size`` was then cut out of the middle, ``"squash"`` if both sides were resized to it.
+        clean_error: published error, %, on clean test images of the data set that the weights were trained on.
 
     Attributes:
         preprocessing: all of the above that concerns the input, as plain values, for the manifest.
@@ -76,17 +76,18 @@ class ImageClassifier(nn.Module):
         self.preprocessing |= {"mean": list(mean), "std": list(std)}
 
     def select_logits(self, logits: Sequence[int], of: int | None = None) -> "ImageClassifier":
-        """Give these of the network's logits alone, in this order, from now on: what adaptation sees are they.
+        """From now on return only these of the network's logits, in this order; adaptation sees no others.
 
-        So ImageNet-A and ImageNet-R are scored (Hendrycks et al., CVPR and ICCV 2021). The selection is part of the
-        model's fingerprint.
+        ImageNet-A and ImageNet-R are scored in this way (Hendrycks et al., CVPR and ICCV 2021). The selection is part of
+        the model's fingerprint.
 
         Args:
-            logits: which, as :attr:`tta.datasets.stream.Stream.classes` tells them.
-            of: how many the network gives, where they mean nothing for another number.
+            logits: their indices, as in :attr:`tta.datasets.stream.Stream.classes`.
+            of: number of logits that the network must have, if the indices mean nothing for another number.
 
         Raises:
-            ValueError: fewer than two, one twice or below 0. A network without them all says so when it is called.
+            ValueError: fewer than two indices, or one that is repeated or below 0. A network that lacks some of the
+                logits is refused when it is called.
         """
         if len(set(logits)) < max(2, len(logits)) or min(logits) < 0:
             raise ValueError(f"logits are two or more different outputs of the network, 0 or more; got {list(logits)}.")
@@ -95,7 +96,7 @@ class ImageClassifier(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model((images - self.mean) / self.std)
+        logits: Tensor = self.model((images - self.mean) / self.std)
         if self.selection is None:
             return logits
         fewest, most = self._outputs

@@ -1,12 +1,11 @@
-"""Families of models: each makes a classifier of one kind of spec, with the preprocessing that its weights come with.
+"""Families of models: each makes classifiers of one kind of spec, with the preprocessing of their weights.
 
 The numbers are those of the weights' own metadata (timm's ``pretrained_cfg``, torchvision's ``weights.transforms()``,
 the image processor of the Hugging Face hub), so that no table here can go out of date.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -16,80 +15,77 @@ import torchvision
 from torch import Tensor, nn
 
 from tta import paths
+from tta.messages import nearest
 from tta.models import networks
 from tta.models.checkpoints import load_weights
 from tta.models.classifier import HALF, NO_MEAN, NO_STD, ImageClassifier
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a family is asked for.
+class ModelSpec:
+    """A parsed spec.
 
     Attributes:
-        spec: the whole of it, for messages.
-        name: what follows the family's prefix.
-        num_classes: of the classifier; None: as the weights have it.
-        fetch: whether the weights that the spec names are wanted, or an untrained network.
+        text: the spec as given, for messages.
+        name: the part behind the family's prefix.
+        num_classes: of the classifier; None for that of the weights.
+        fetch: whether to load the weights that the spec names, or to leave the network untrained.
     """
 
-    spec: str
+    text: str
     name: str
     num_classes: int | None
     fetch: bool
 
     @property
     def classes(self) -> dict[str, Any]:
+        """Keyword arguments of a function that makes the network."""
         return {} if self.num_classes is None else {"num_classes": self.num_classes}
 
     def check_classes(self, of_weights: int) -> None:
-        """Raise a ValueError where weights are wanted whose classifier has another number of classes."""
+        """Raise a ValueError if weights are to be loaded whose classifier has another number of classes."""
         if self.fetch and self.num_classes not in (None, of_weights):
             raise ValueError(
-                f"The weights of '{self.spec}' are for {of_weights} classes; num_classes={self.num_classes} would leave "
+                f"The weights of '{self.text}' are for {of_weights} classes; num_classes={self.num_classes} would leave "
                 "the classifier untrained. Give checkpoint=PATH for weights with that many, or leave num_classes out."
             )
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the choice most like ``word``, or nothing where none is alike."""
-    match = difflib.get_close_matches(word, list(choices), n=1)
-    return f" Did you mean '{match[0]}'?" if match else ""
 
 
 # ---------------------------------------------------------------------- timm
 
 
-def from_timm(request: Request) -> ImageClassifier:
-    """Any classifier of timm."""
-    architecture, _, tag = request.name.partition(".")
+def from_timm(spec: ModelSpec) -> ImageClassifier:
+    """Make any classifier of timm."""
+    architecture, _, tag = spec.name.partition(".")
     if not timm.is_model(architecture):
-        raise ValueError(f"timm has no model '{request.name}'.{nearest(architecture, timm.list_models())}")
+        raise ValueError(f"timm has no model '{spec.name}'.{nearest(architecture, timm.list_models())}")
     known = timm.list_models(f"{architecture}.*", pretrained=True)
     tags = [name.partition(".")[2] for name in known]
     if tag and tag not in tags:
         there = f"There are: {', '.join(tags)}." if tags else "It has none."
         raise ValueError(f"'timm:{architecture}' has no weights '{tag}'.{nearest(tag, tags)} {there}")
-    if request.fetch and not known and architecture in timm.list_models():
+    if spec.fetch and not known and architecture in timm.list_models():
         raise ValueError(
-            f"'{request.spec}' has no published weights: give checkpoint=PATH, or pretrained=False for an untrained one."
+            f"'{spec.text}' has no published weights: give checkpoint=PATH, or pretrained=False for an untrained one."
         )
-    published = timm.models.get_pretrained_cfg(request.name)
+    published = timm.models.get_pretrained_cfg(spec.name)
     if published is not None and published.num_classes:
-        request.check_classes(published.num_classes)
-    network: Any = timm.create_model(request.name, pretrained=request.fetch, **request.classes)
+        spec.check_classes(published.num_classes)
+    network: Any = timm.create_model(spec.name, pretrained=spec.fetch, **spec.classes)
     if not network.num_classes:
         raise ValueError(
-            f"'{request.spec}' is published without a classifier: give num_classes=K and checkpoint=PATH of one trained "
+            f"'{spec.text}' is published without a classifier: give num_classes=K and checkpoint=PATH of one trained "
             "on its features."
         )
-    cfg = timm.data.resolve_model_data_config(network)
-    spec = f"timm:{architecture}.{network.pretrained_cfg['tag']}" if request.fetch else request.spec
+    cfg = timm.data.resolve_model_data_config(network)  # type: ignore[attr-defined, no-untyped-call]
+    # The tag belongs to the record: the weights of a bare name have changed between releases of timm.
+    text = f"timm:{architecture}.{network.pretrained_cfg['tag']}" if spec.fetch else spec.text
     height, width = cfg["input_size"][1:]
     return ImageClassifier(
         network,
         cfg["mean"],
         cfg["std"],
-        spec,  # with the tag: which weights a name alone means has changed between releases
+        text,
         (height, width),
         interpolation=cfg["interpolation"],
         resize=math.floor(min(height, width) / cfg["crop_pct"]),
@@ -100,9 +96,9 @@ def from_timm(request: Request) -> ImageClassifier:
 # ---------------------------------------------------------------------- torchvision
 
 
-def from_torchvision(request: Request) -> ImageClassifier:
-    """Any classifier of torchvision."""
-    name, _, tag = request.name.partition("/")
+def from_torchvision(spec: ModelSpec) -> ImageClassifier:
+    """Make any classifier of torchvision."""
+    name, _, tag = spec.name.partition("/")
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(f"torchvision has no classifier '{name}'.{nearest(name, known)}")
@@ -110,77 +106,78 @@ def from_torchvision(request: Request) -> ImageClassifier:
     tags = [weights.name for weights in published]
     if tag and tag not in published.__members__:
         raise ValueError(f"'{name}' has no weights '{tag}'.{nearest(tag, tags)} There are: {', '.join(tags)}.")
-    if request.fetch and not tag:
+    if spec.fetch and not tag:
         specs = " or ".join(f"torchvision:{name}/{known_tag}" for known_tag in tags)
         raise ValueError(
-            f"'{request.spec}' names no weights: say {specs}, give checkpoint=PATH, or pretrained=False for an untrained "
+            f"'{spec.text}' names no weights: say {specs}, give checkpoint=PATH, or pretrained=False for an untrained "
             "one."
         )
     weights = published[tag or "DEFAULT"]
-    request.check_classes(len(weights.meta["categories"]))
-    network = torchvision.models.get_model(name, weights=weights if request.fetch else None, **request.classes)
+    spec.check_classes(len(weights.meta["categories"]))
+    network = torchvision.models.get_model(name, weights=weights if spec.fetch else None, **spec.classes)
     transforms = weights.transforms()
     metrics = weights.meta.get("_metrics", {}).get("ImageNet-1K", {})
     return ImageClassifier(
         network,
         transforms.mean,
         transforms.std,
-        f"torchvision:{name}/{weights.name}" if tag else request.spec,
+        f"torchvision:{name}/{weights.name}" if tag else spec.text,
         transforms.crop_size * 2,
         interpolation=transforms.interpolation.value,
         resize=transforms.resize_size[0],
         crop="center",
-        clean_error=round(100 - metrics["acc@1"], 3) if request.fetch and metrics else None,
+        clean_error=round(100 - metrics["acc@1"], 3) if spec.fetch and metrics else None,
     )
 
 
 # ---------------------------------------------------------------------- Hugging Face
 
 
-PIL_NUMBERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # as processors of images save them
+PIL_NUMBERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as saved by image processors
 
 
 class Logits(nn.Module):
-    """A classifier of transformers, whose output is an object, as one that returns its logits."""
+    """A classifier of transformers that returns its logits, not an object that holds them."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(pixel_values=x).logits
+        logits: Tensor = self.network(pixel_values=x).logits
+        return logits
 
 
-def from_huggingface(request: Request) -> ImageClassifier:
-    """An image classifier of the Hugging Face hub, or a folder where one was saved."""
+def from_huggingface(spec: ModelSpec) -> ImageClassifier:
+    """Make an image classifier of the Hugging Face hub, or of a folder where one was saved."""
     try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
     except ImportError:
-        raise ModuleNotFoundError(f"'{request.spec}' needs transformers: pip install 'tta-toolkit[hf]'.") from None
-    name = request.name
+        raise ModuleNotFoundError(f"'{spec.text}' needs transformers: pip install 'tta-toolkit[hf]'.") from None
+    name = spec.name
     try:
         config = AutoConfig.from_pretrained(name)
         processor = AutoImageProcessor.from_pretrained(name)
     except OSError as error:
-        raise ValueError(f"'{request.spec}' cannot be loaded: {str(error).splitlines()[0]}") from None
-    request.check_classes(config.num_labels)
-    if request.fetch:
+        raise ValueError(f"'{spec.text}' cannot be loaded: {str(error).splitlines()[0]}") from None
+    spec.check_classes(config.num_labels)
+    if spec.fetch:
         network, found = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
         if found["missing_keys"]:
             raise ValueError(
-                f"'{request.spec}' is published without weights for {', '.join(sorted(found['missing_keys'])[:5])}: it is "
+                f"'{spec.text}' is published without weights for {', '.join(sorted(found['missing_keys'])[:5])}: it is "
                 "no trained classifier. Give checkpoint=PATH of one."
             )
     else:
-        if request.num_classes is not None:
-            config.num_labels = request.num_classes
+        if spec.num_classes is not None:
+            config.num_labels = spec.num_classes
         network = AutoModelForImageClassification.from_config(config)
     mean, std = _processor_normalisation(processor)
-    return ImageClassifier(Logits(network), mean, std, request.spec, **_processor_geometry(processor))
+    return ImageClassifier(Logits(network), mean, std, spec.text, **_processor_geometry(processor))
 
 
 def _processor_normalisation(processor: Any) -> tuple[list[float], list[float]]:
-    """Mean and std that do to images in [0, 1] what an image processor does to images in [0, 255]."""
+    """Mean and std for images in [0, 1], equal to the operations of an image processor on images in [0, 255]."""
     scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
     offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
     mean, std = [0.0] * 3, [1.0] * 3
@@ -226,8 +223,8 @@ class Published:
         make: the network, given its number of classes.
         mean: of images in [0, 1].
         std: likewise.
-        drive: the file's number on Google Drive, which has no other address and no published checksum.
-        clean_error: % of the clean test set, from RobustBench's ``model_info``; None where that has none of these weights.
+        drive: id of the file on Google Drive; it has no other address and no published checksum.
+        clean_error: % on the clean test set, from RobustBench's ``model_info``; None if that does not have these weights.
     """
 
     make: Callable[[int], nn.Module]
@@ -251,10 +248,10 @@ ROBUSTBENCH = {
 }
 
 
-def from_robustbench(request: Request) -> ImageClassifier:
-    """RobustBench's networks for CIFAR-C; the package itself is not needed."""
-    of = "cifar100" if request.num_classes == 100 else "cifar10"
-    name = request.name if "/" in request.name else f"{of}/{request.name}"
+def from_robustbench(spec: ModelSpec) -> ImageClassifier:
+    """Make one of RobustBench's networks for CIFAR-C; the package itself is not needed."""
+    of = "cifar100" if spec.num_classes == 100 else "cifar10"
+    name = spec.name if "/" in spec.name else f"{of}/{spec.name}"
     if name not in ROBUSTBENCH:
         raise ValueError(
             f"No model 'robustbench:{name}' here.{nearest(name, ROBUSTBENCH)} There are: {', '.join(ROBUSTBENCH)}. "
@@ -262,9 +259,9 @@ def from_robustbench(request: Request) -> ImageClassifier:
         )
     published, (dataset, _, entry) = ROBUSTBENCH[name], name.partition("/")
     classes = int(dataset.removeprefix("cifar"))
-    request.check_classes(classes)
-    network = published.make(request.num_classes or classes)
-    if request.fetch:
+    spec.check_classes(classes)
+    network = published.make(spec.num_classes or classes)
+    if spec.fetch:
         file = paths.data_root() / "models" / dataset / "corruptions" / f"{entry}.pt"
         if not file.is_file():
             raise FileNotFoundError(
@@ -272,7 +269,7 @@ def from_robustbench(request: Request) -> ImageClassifier:
                 f"RobustBench publishes on Google Drive, https://drive.google.com/uc?id={published.drive}."
             )
         load_weights(network, file)
-    clean_error = published.clean_error if request.num_classes in (None, classes) else None
+    clean_error = published.clean_error if spec.num_classes in (None, classes) else None
     return ImageClassifier(
         network, published.mean, published.std, f"robustbench:{name}", (32, 32), clean_error=clean_error
     )
@@ -281,25 +278,25 @@ def from_robustbench(request: Request) -> ImageClassifier:
 # ---------------------------------------------------------------------- a function of the user's
 
 
-def from_function(module: str, request: Request) -> ImageClassifier:
-    """What a function of an importable module returns: a network that takes images in [0, 1]."""
-    found = getattr(import_module(module), request.name, None)
+def from_function(module: str, spec: ModelSpec) -> ImageClassifier:
+    """The network that a function of an importable module returns; it takes images in [0, 1]."""
+    found = getattr(import_module(module), spec.name, None)
     if not callable(found):
         choices = [name for name, value in vars(import_module(module)).items() if callable(value)]
-        raise ValueError(f"Module '{module}' has no function '{request.name}'.{nearest(request.name, choices)}")
-    network = found(**request.classes)
+        raise ValueError(f"Module '{module}' has no function '{spec.name}'.{nearest(spec.name, choices)}")
+    network = found(**spec.classes)
     if isinstance(network, ImageClassifier):
         return network
     if not isinstance(network, nn.Module):
-        raise TypeError(f"'{request.spec}' returned {type(network).__name__}; expected a torch.nn.Module.")
-    return ImageClassifier(network, NO_MEAN, NO_STD, request.spec, None)
+        raise TypeError(f"'{spec.text}' returned {type(network).__name__}; expected a torch.nn.Module.")
+    return ImageClassifier(network, NO_MEAN, NO_STD, spec.text, None)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of spec: what makes its models, how the spec is written, and what it is in a line."""
+    """One kind of spec: the function that makes its models, how the spec is written, a description of one line."""
 
-    make: Callable[[Request], ImageClassifier]
+    make: Callable[[ModelSpec], ImageClassifier]
     form: str
     line: str
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from tta.messages import nearest
 from tta.models import networks
 from tta.models.checkpoints import load_weights
 from tta.models.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
-from tta.models.families import FAMILIES, Request, from_function, nearest
+from tta.models.families import FAMILIES, ModelSpec, from_function
 
 FUNCTION = "PACKAGE.MODULE:FUNCTION"
 
@@ -61,19 +62,19 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> ImageClassifier:
-    """A source model in ``eval()`` mode that takes images in [0, 1]; mean and std are applied inside, exactly once.
+    """Load a source model, in ``eval()`` mode. It takes images in [0, 1] and applies mean and std inside, exactly once.
 
-    They are those of the weights' own metadata, and stand with input size, interpolation, resize and crop in
-    ``preprocessing``. A checkpoint that brings its own (``mu`` and ``sigma``, ``normalize.mean`` ...) has the say.
+    They are those of the weights' own metadata, or of the checkpoint if it holds any (``mu`` and ``sigma``,
+    ``normalize.mean`` ...). ``preprocessing`` lists them with input size, interpolation, resize and crop.
 
     Args:
         spec: one of ``tta list models``: ``digits-cnn``, ``digits-vit`` or ``digits-cnn-8`` (embedded), ``cifar-resnet20`` (32, 44, 56,
             110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``, ``torchvision:NAME[/WEIGHTS]``, ``hf:NAME``,
             ``robustbench:[cifar100/]NAME``, or ``PACKAGE.MODULE:FUNCTION``, a function of yours that returns a network.
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
-        num_classes: of the classifier, where it differs from the spec's own.
-        pretrained: get the spec's own weights when there is no checkpoint; ``False`` leaves the network untrained.
-        mean: per channel, of images in [0, 1], where the checkpoint was trained with other values than the spec's.
+        num_classes: of the classifier, if it differs from the spec's own.
+        pretrained: load the spec's own weights if there is no checkpoint; ``False`` leaves the network untrained.
+        mean: per channel, of images in [0, 1], if the checkpoint was trained with other values than the spec's.
         std: per channel, likewise.
 
     Raises:
@@ -83,22 +84,22 @@ def load_model(
         ModuleNotFoundError: ``hf:`` without transformers.
     """
     prefix, _, name = spec.partition(":")
-    request = Request(spec, name, num_classes, pretrained and checkpoint is None)
+    parsed = ModelSpec(spec, name, num_classes, pretrained and checkpoint is None)
     if spec in EMBEDDED:
-        model = _embedded(request)
+        model = _embedded(parsed)
     elif spec in UNTRAINED:
-        model = _untrained(request)
+        model = _untrained(parsed)
     elif prefix in FAMILIES and name:
-        model = FAMILIES[prefix].make(request)
+        model = FAMILIES[prefix].make(parsed)
     elif name and _importable(prefix):
-        model = from_function(prefix, request)
+        model = from_function(prefix, parsed)
     else:
         known = [*EMBEDDED, *UNTRAINED, *(f"{family}:{name or 'NAME'}" for family in FAMILIES)]
         raise ValueError(f"No model '{spec}'.{nearest(spec, known)} There are: {', '.join(list_models())}.")
     if checkpoint is not None:
         if brought := load_weights(model.model, checkpoint):
             model.normalise_by(*brought)
-        if prefix != "robustbench":  # there the spec names the weights, wherever they lie
+        if prefix != "robustbench":  # there the spec names the weights, wherever the file is
             model.clean_error = None
     elif not pretrained:
         model.clean_error = None
@@ -109,29 +110,29 @@ def load_model(
 
 
 def list_models() -> dict[str, str]:
-    """The embedded models and the forms of the other specs, each with what it is in a line."""
+    """The embedded models and the forms of the other specs, each with a description of one line."""
     embedded = {name: (own.make.__doc__ or "").splitlines()[0] for name, own in EMBEDDED.items()}
     untrained = {name: network.line for name, network in UNTRAINED.items()}
     families = {family.form: family.line for family in FAMILIES.values()}
     return {**embedded, **untrained, **families, FUNCTION: "a function of yours that returns a network on [0, 1]"}
 
 
-def _embedded(request: Request) -> ImageClassifier:
-    make, file, clean_error = EMBEDDED[request.spec]
-    model = ImageClassifier(make(**request.classes), HALF, HALF, request.spec, (32, 32), clean_error=clean_error)
-    if request.fetch:
+def _embedded(spec: ModelSpec) -> ImageClassifier:
+    make, file, clean_error = EMBEDDED[spec.text]
+    model = ImageClassifier(make(**spec.classes), HALF, HALF, spec.text, (32, 32), clean_error=clean_error)
+    if spec.fetch:
         with resources.as_file(resources.files("tta") / "weights" / file) as path:
             load_weights(model.model, path)
     return model
 
 
-def _untrained(request: Request) -> ImageClassifier:
-    if request.fetch:
+def _untrained(spec: ModelSpec) -> ImageClassifier:
+    if spec.fetch:
         raise ValueError(
-            f"'{request.spec}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
+            f"'{spec.text}' has no weights of its own: give checkpoint=PATH, or pretrained=False for an untrained one."
         )
-    make, mean, std, _ = UNTRAINED[request.spec]
-    return ImageClassifier(make(**request.classes), mean, std, request.spec, (32, 32))
+    make, mean, std, _ = UNTRAINED[spec.text]
+    return ImageClassifier(make(**spec.classes), mean, std, spec.text, (32, 32))
 
 
 def _importable(module: str) -> bool:

@@ -49,7 +49,8 @@ class DigitsCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        logits: Tensor = self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return logits
 
 
 def digits_cnn_8(num_classes: int = 8) -> nn.Module:
@@ -106,11 +107,12 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn1(self.conv1(x)))
-        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        logits: Tensor = self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return logits
 
 
 class WideBlock(nn.Module):
-    """BatchNorm and ReLU before each 3x3 convolution; where channels change, the shortcut leaves behind the first ReLU."""
+    """BatchNorm and ReLU before each 3x3 convolution; if the channels change, the shortcut starts behind the first ReLU."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -123,7 +125,8 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(y)
-        return shortcut + self.conv2(torch.relu(self.bn2(self.conv1(y))))
+        out: Tensor = shortcut + self.conv2(torch.relu(self.bn2(self.conv1(y))))
+        return out
 
 
 class WideStage(nn.Module):
@@ -135,7 +138,8 @@ class WideStage(nn.Module):
         self.layer = nn.Sequential(WideBlock(channels_in, channels, stride), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        out: Tensor = self.layer(x)
+        return out
 
 
 class WideResNet(nn.Module):
@@ -146,7 +150,7 @@ class WideResNet(nn.Module):
 
     Args:
         depth: 6 n + 4 layers.
-        width: how many times as wide as a ResNet of 16, 32 and 64 channels.
+        width: factor of the channels of a ResNet, 16, 32 and 64.
         num_classes: of the classifier ``fc``.
     """
 
@@ -164,11 +168,12 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(torch.relu(self.bn1(x)).mean((2, 3)))
+        logits: Tensor = self.fc(torch.relu(self.bn1(x)).mean((2, 3)))
+        return logits
 
 
 class GroupedBottleneck(nn.Module):
-    """1x1, grouped 3x3 and 1x1 convolution; ``dim`` channels a group of the ``groups`` in the middle."""
+    """1x1, grouped 3x3 and 1x1 convolution; in the middle ``groups`` groups of ``dim`` channels."""
 
     def __init__(self, channels_in: int, dim: int, groups: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -217,7 +222,8 @@ class CifarResNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn_1(self.conv_1_3x3(x)))
-        return self.classifier(self.stage_3(self.stage_2(self.stage_1(x))).mean((2, 3)))
+        logits: Tensor = self.classifier(self.stage_3(self.stage_2(self.stage_1(x))).mean((2, 3)))
+        return logits
 
 
 class GroupNormBlock(nn.Module):
@@ -235,7 +241,8 @@ class GroupNormBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(torch.relu(self.bn1(x)))
         y = self.conv2(torch.relu(self.bn2(y)))
-        return y + F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, 0, self.added))
+        out: Tensor = y + F.pad(F.avg_pool2d(x, self.stride), (0, 0, 0, 0, 0, self.added))
+        return out
 
 
 class CifarResNetGN(nn.Module):
@@ -268,4 +275,5 @@ class CifarResNetGN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        return self.fc(torch.relu(self.bn(x)).mean((2, 3)))
+        logits: Tensor = self.fc(torch.relu(self.bn(x)).mean((2, 3)))
+        return logits

@@ -1,6 +1,6 @@
-"""A check before a benchmark: does the source model do on clean images what its weights promise?
+"""Check of a source model before a benchmark: is its error on clean images the published one?
 
-Most wrong numbers of this field come from images that are normalised twice, never, or for other weights. They all
+Most wrong numbers of this field come from images that are normalised twice, never, or for other weights. All of these
 show before anything is adapted.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tta.models.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, NO_MEAN, NO_STD
 
-MARGIN = 2.0  # % of error on top of chance: other decoders and resizing cost about as much
+MARGIN = 2.0  # % of error beyond chance: other decoders and resizing cost about as much
 BATCH = 64
 TRIED = 256  # images that a possible cause is tried on
-AT_ONCE = 32  # of them, after which a cause that makes things worse is given up
-SURE = 0.001  # a right model is accused about so often
-KNOWN = {  # what images are normalised by in this field
+AT_ONCE = 32  # images of a step; a cause that makes the error larger so far is dropped after it
+SURE = 0.001  # p-value below which a cause is reported: about the share of correct models that are warned of
+KNOWN = {  # mean and std that are common in this field
     "ImageNet's": (IMAGENET_MEAN, IMAGENET_STD),
     "0.5 and 0.5": (HALF, HALF),
     "CIFAR-10's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -33,13 +33,13 @@ class PreflightWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the check found.
+    """Result of the check.
 
     Attributes:
         error: of the source model on the clean images, %.
-        expected: what it should be, %; None where nobody says.
-        images: how many were predicted.
-        problem: what is wrong and what the cause may be, in words; None where nothing is.
+        expected: published error, %; None if there is none.
+        images: number of images predicted.
+        problem: description of the problem and its likely cause; None if there is no problem.
     """
 
     error: float
@@ -60,14 +60,14 @@ class Preflight:
 def preflight(model: nn.Module, images: Tensor, labels: Tensor, expected: float | None = None) -> Preflight:
     """Compare the source model's error on clean images with the published one, and warn of a likely mistake.
 
-    An error far above the published one is warned of: by more than two points and three standard errors (or three images) of
-    so many images; where nobody says what to expect, one that is no better than guessing. The causes are tried out, and the
-    one that explains the error is named. Any error above the published one is looked into likewise: a cause that, undone,
-    makes significantly more of the very same images right than wrong (sign test, one in a thousand) is warned of too, for
-    a wrong mean and standard deviation may cost fewer points than the error of a few hundred images is uncertain by.
+    A warning is given if the error is above the published one by more than two points plus three standard errors (or
+    three images); without a published one, if it is no better than guessing. The possible causes are tried out, and the
+    one that explains the error is named. For a smaller excess the causes are tried out too: one is warned of if undoing
+    it makes significantly more of the same images right than wrong (sign test, one in a thousand), because a wrong mean
+    and standard deviation may cost fewer points than the uncertainty of the error of a few hundred images.
 
     Args:
-        model: a source model as :func:`tta.adapt` takes it, unadapted; it predicts in ``eval()`` mode and is left as it was.
+        model: a source model as :func:`tta.adapt` takes it, not adapted; it predicts in ``eval()`` mode and is not changed.
         images: (n, 3, height, width), uint8 or in [0, 1], of the domain that the model was trained on.
         labels: (n,), int64; images of an unknown class (-1) are left out.
         expected: error in %; left out: ``clean_error`` of a model by :func:`tta.load_model`.
@@ -105,7 +105,7 @@ def preflight(model: nn.Module, images: Tensor, labels: Tensor, expected: float 
         problem = f"The source model errs on {error:.1f} % of {len(images)} clean images; {against}. {cause}"
     elif error > (expected or 0.0):
         trial = _best_trial(model, images, labels, logits)
-        if trial is not None and trial.chance < SURE:
+        if trial is not None and trial.p_value < SURE:
             problem = (
                 f"The source model errs on {trial.before:.1f} % of {trial.images} clean images, on {trial.after:.1f} % of "
                 f"the same with one thing changed. {trial.cause}"
@@ -119,7 +119,7 @@ def _predict(model: nn.Module, images: Tensor) -> Tensor:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return torch.cat([model(batch).float() for batch in images.split(BATCH)])
+        return torch.cat([model(batch).float() for batch in torch.split(images, BATCH)])
     finally:
         for module, training in modes.items():
             module.training = training
@@ -139,17 +139,17 @@ def _interval(share: float, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What became of some images with a possible cause undone: errors in %, and the chance of so much luck."""
+    """Errors on some images in %, before and after undoing a possible cause, and the p-value of the improvement."""
 
     cause: str
     images: int
     before: float
     after: float
-    chance: float
+    p_value: float
 
 
 def _causes(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Mistakes of the normalisation, in words, each with the scale and the shift of the images that undo it."""
+    """Descriptions of possible mistakes of the normalisation, each with the scale and shift of the images that undo it."""
     own: Any = getattr(model, "preprocessing", {})
     mine = (tuple(own["mean"]), tuple(own["std"])) if "mean" in own else (NO_MEAN, NO_STD)
     inside = {} if mine == (NO_MEAN, NO_STD) else {"the model's own": mine}
@@ -158,7 +158,7 @@ def _causes(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         mean, std = _channels(*pair)
         yield f"It is normalised twice, by {name} mean and std: take one of the two away.", std, mean
     wrong = "normalised by other values than the weights expect:" if inside else "never normalised: the weights expect"
-    m, s = _channels(*mine)  # which the model takes away again
+    m, s = _channels(*mine)  # the model removes these again
     for name, pair in others.items():
         mean, std = _channels(*pair)
         yield f"It is {wrong} {name} mean and std. Give them as mean=, std=.", s / std, m - mean * s / std
@@ -169,14 +169,14 @@ def _channels(*values: Any) -> Iterator[Tensor]:
 
 
 def _best_trial(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> _Trial | None:
-    """The cause that, undone, makes most of the first images right; None where each makes things worse."""
+    """The cause that, when undone, corrects most of the first images; None if each makes the error larger."""
     images, labels = images[:TRIED], labels[:TRIED]
     right = logits[:TRIED].argmax(1) == labels
     best: tuple[int, int, str] | None = None
     for cause, scale, shift in _causes(model):
         scale, shift = scale.to(images.device), shift.to(images.device)
         fixed = broken = 0
-        for some, known, before in zip(*(t.split(AT_ONCE) for t in (images, labels, right)), strict=True):
+        for some, known, before in zip(*(torch.split(t, AT_ONCE) for t in (images, labels, right)), strict=True):
             after = _predict(model, some * scale + shift).argmax(1) == known
             fixed += int((after & ~before).sum())
             broken += int((before & ~after).sum())
@@ -184,18 +184,18 @@ def _best_trial(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor
                 break
         else:
             if best is None or fixed - broken > best[0] - best[1]:
-                best = fixed, broken, cause  # of equals the first: the model's own
+                best = fixed, broken, cause  # among equals the first: the model's own
     if best is None:
         return None
     fixed, broken, cause = best
     changed = fixed + broken
-    chance = sum(math.comb(changed, n) for n in range(fixed, changed + 1)) / 2**changed
+    p_value = sum(math.comb(changed, n) for n in range(fixed, changed + 1)) / 2**changed  # sign test
     wrong = len(images) - int(right.sum())
-    return _Trial(cause, len(images), 100 * wrong / len(images), 100 * (wrong - fixed + broken) / len(images), chance)
+    return _Trial(cause, len(images), 100 * wrong / len(images), 100 * (wrong - fixed + broken) / len(images), p_value)
 
 
 def _cause(model: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, good: float) -> str:
-    """The first cause that explains the error: undone, it would bring it below ``good`` %; else the usual ones."""
+    """Description of the first cause that, when undone, brings the error below ``good`` %; else of the usual causes."""
     low, high = float(images.min()), float(images.max())
     if low < 0 or high > 1:
         return (

@@ -1,8 +1,8 @@
-"""The source domain: what a method may know of it, recorded once and saved."""
+"""Source statistics: recorded once from source images, saved, and used by methods."""
 
 from tta.source.kinds import Known, Need, layer_moments
 from tta.source.shift import ShiftNetwork, bounded
-from tta.source.statistics import BATCH_SIZE, EXPECTED, Entry, Source, SourceStatistics, known_from
+from tta.source.statistics import BATCH_SIZE, EXPECTED, Entry, SourceLike, SourceStatistics, known_from
 
 __all__ = [
     "BATCH_SIZE",
@@ -11,7 +11,7 @@ __all__ = [
     "Known",
     "Need",
     "ShiftNetwork",
-    "Source",
+    "SourceLike",
     "SourceStatistics",
     "bounded",
     "known_from",

@@ -1,4 +1,4 @@
-"""The kinds of things a method may need to know of the source domain, and how each is recorded.
+"""The kinds of source statistics that a method may need, and how each is recorded.
 
 A *kind* is one function of :data:`KINDS`, a generator that is sent the batches one by one and returns named tensors.
 """
@@ -16,22 +16,23 @@ from tta.functional import batch_moments, entropy, logits_of
 from tta.memory import RunningGaussian
 from tta.source import shift
 
-Batch: TypeAlias = tuple[Tensor, Tensor | None]  # images (batch, 3, height, width) float; labels (batch,) or None
+SourceBatch: TypeAlias = tuple[Tensor, Tensor | None]  # images (batch, 3, height, width) float; labels (batch,) or None
 Known: TypeAlias = dict[str, Tensor]
-Recorder: TypeAlias = Generator[None, Batch | None, Known]
+Recorder: TypeAlias = Generator[None, SourceBatch | None, Known]
 
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that a method must know of the source domain, and the settings under which it is recorded.
+    """One kind of source statistics that a method needs, and the settings under which it is recorded.
 
     Attributes:
         kind: a name in :data:`KINDS`.
         layers: names of the modules that it is recorded at.
-        statistics: what BatchNorm layers normalise by during the pass, their own statistics or the ``"batch"``'s.
-        batch_size: images a batch; None where it makes no difference to the result.
+        statistics: those that BatchNorm layers normalise by during the pass: the ``"source"``'s, which the layers store,
+            or the ``"batch"``'s.
+        batch_size: images per batch; None if it makes no difference to the result.
         labels: whether the source images must come with their labels.
-        settings: what else the kind asks for; JSON values.
+        settings: further settings of the kind; JSON values.
     """
 
     kind: str
@@ -42,7 +43,7 @@ class Need:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def differences(self, recorded: "Need") -> list[str]:
-        """In words, the settings of a recorded need that are not those asked for here."""
+        """Descriptions of the settings in which a recorded need differs from this one."""
         found = []
         for key in (f.name for f in fields(self)):
             asked, there = getattr(self, key), getattr(recorded, key)
@@ -90,8 +91,8 @@ def activation_moments(model: nn.Module, need: Need) -> Recorder:
 def feature_moments(model: nn.Module, need: Need) -> Recorder:
     """Mean and unbiased standard deviation of the features, the input of the layer named, over all images.
 
-    Settings: ``max_entropy`` keeps only images whose prediction has an entropy below so many nats, ``samples`` only the
-    first so many of those.
+    Settings: ``max_entropy`` keeps only images whose prediction has an entropy below it (nats), ``samples`` only the first
+    of those, at most that number.
 
     Returns:
         ``mean`` and ``std``, (width,).
@@ -120,7 +121,7 @@ def token_moments(model: nn.Module, need: Need) -> Recorder:
 
 
 def class_moments(model: nn.Module, need: Need) -> Recorder:
-    """Mean feature of each class and the share of images it has; by the model's own predictions without labels.
+    """Mean feature of each class and its share of the images; without labels, of the classes that the model predicts.
 
     Returns:
         ``mean`` (classes, width), zeros for a class without images; ``prior`` (classes,), which sums to 1.
@@ -141,7 +142,7 @@ def class_gaussians(model: nn.Module, need: Need) -> Recorder:
     """Mean and covariance of the features, of each class and of all images, divided by the number of images.
 
     Classes are those that the model predicts, as in the code released with TTAC, unless labels are asked for. Setting
-    ``covariance`` is that of the classes: ``"full"``, ``"diagonal"`` (variances alone) or ``"none"``.
+    ``covariance`` is that of the classes: ``"full"``, ``"diagonal"`` (only variances) or ``"none"``.
 
     Returns:
         ``class_mean`` (classes, width), zeros for a class without images; ``class_covariance`` (classes, width, width) or
@@ -168,13 +169,13 @@ def class_gaussians(model: nn.Module, need: Need) -> Recorder:
 def fisher(model: nn.Module, need: Need) -> Recorder:
     """Diagonal Fisher information of the parameters of the layers named, from the model's own predictions.
 
-    The square of a batch's *mean* gradient, averaged over batches: it shrinks as the batch grows, so a weight of the
-    penalty belongs to its batch size. A batch of one is left out where layers normalise by the batch.
+    The square of a batch's *mean* gradient, averaged over batches: it shrinks as the batch grows, so the weight of a
+    penalty depends on the batch size. A batch of one is left out if layers normalise by the batch.
 
     Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
 
     Returns:
-        one tensor a parameter, under its name in the model.
+        One tensor per parameter, under its name in the model.
     """
     names = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in need.layers]
     parameters = [model.get_parameter(name).requires_grad_() for name in names]
@@ -194,14 +195,14 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
 
 
 def replay(model: nn.Module, need: Need) -> Recorder:
-    """Source images themselves, to be shown to the model again; a file of such statistics holds source data.
+    """The source images themselves, for replay; a file of such statistics holds source data.
 
-    Setting ``samples`` keeps a random sample of so many (Vitter, "Random Sampling with a Reservoir", ACM TOMS 1985), or
-    all if there are no more.
+    Setting ``samples`` is the size of the random sample that is kept (Vitter, "Random Sampling with a Reservoir", ACM TOMS
+    1985); if there are fewer images, all are kept.
 
     Returns:
-        ``images`` (images, 3, height, width), uint8, rounded to whole steps of 1/255; ``labels`` (images,), int64, -1 where
-        none are asked for.
+        ``images`` (images, 3, height, width), uint8, rounded to whole steps of 1/255; ``labels`` (images,), int64, -1 if
+        the need asks for none.
     """
     generator = torch.Generator().manual_seed(0)
     kept: list[tuple[Tensor, Tensor]] = []
@@ -222,7 +223,7 @@ def shift_network(model: nn.Module, need: Need) -> Recorder:
     """The weights of a :class:`tta.source.shift.ShiftNetwork`, trained on the features and labels of all source images.
 
     Returns:
-        its state, and ``prior`` (classes,), the share of images that a class has.
+        Its state, and ``prior`` (classes,), the share of images that a class has.
     """
     known: list[tuple[Tensor, Tensor]] = []
     classes = 0
@@ -255,7 +256,7 @@ KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
 
 
 def layer_moments(x: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
-    """:func:`~tta.functional.batch_moments` of a layer's output, or of what a ReLU makes of it."""
+    """:func:`~tta.functional.batch_moments` of a layer's output, or of its output after a ReLU."""
     return batch_moments(x.relu() if rectified else x)
 
 

@@ -1,6 +1,6 @@
-"""What a method may know of the source domain: recorded in one pass over source images, saved, checked on use.
+"""Source statistics: recorded in one pass over source images, saved, checked on use.
 
-A method declares a :class:`~tta.source.kinds.Need` for each thing it must know; all share the pass, so images are decoded once.
+A method declares a :class:`~tta.source.kinds.Need` for each kind; all share the pass, so that images are decoded once.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tta import fingerprint, norms
-from tta.source.kinds import KINDS, Batch, Known, Need
+from tta.source.kinds import KINDS, Known, Need, SourceBatch
 
 BATCH_SIZE = 64
 EXPECTED = (
@@ -28,7 +28,7 @@ EXPECTED = (
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One recorded need: its settings, over how many images, and what was found."""
+    """One recorded need: its settings, the number of images, and the statistics."""
 
     need: Need
     images: int
@@ -37,10 +37,10 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class SourceStatistics:
-    """What was recorded of the source domain with one model; deployment needs this and no source image.
+    """Statistics of the source domain, recorded with one model; with them, deployment needs no source image.
 
     Attributes:
-        model: fingerprint of the weights it was recorded with; with other weights it is refused.
+        model: fingerprint of the weights they were recorded with; with other weights they are refused.
         entries: one for each need.
 
     Example:
@@ -65,15 +65,15 @@ class SourceStatistics:
         num_workers: int = 0,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> "SourceStatistics":
-        """Show the source images to (a copy of) the model, once.
+        """Record statistics in one pass of the source images through a copy of the model.
 
         Args:
             model: the source model.
-            needs: what to record; ``tta.methods.source_needs(model, "eata")`` says what a method needs.
+            needs: the statistics to record; for a method ``tta.methods.source_needs(model, "eata")``.
             source: a tensor or dataset of images, uint8 or floating point in [0, 1], split in order into the batches
                 that each need asks for; or an iterable of batches, which keep their own size. Labels are ignored
                 unless a need asks for them.
-            batch_size: for needs that ask for none.
+            batch_size: for needs that set none.
             num_workers: processes that read a dataset ahead.
             progress: wraps the iterable of batches, such as ``rich.progress.track``.
 
@@ -93,7 +93,7 @@ class SourceStatistics:
             return cls(fingerprint.of_model(model), tuple(feed.finish(device) for feed in feeds))
 
     def get(self, need: Need) -> Known:
-        """What was recorded for a need.
+        """The statistics that were recorded for a need.
 
         Raises:
             ValueError: it was not recorded, or under other settings; the message says which.
@@ -113,7 +113,7 @@ class SourceStatistics:
             )
 
     def describe(self) -> list[dict[str, Any]]:
-        """For a manifest: the needs with their settings, over how many images, and a hash of what was found."""
+        """For a manifest: the needs with their settings, the number of images, and a hash of the statistics."""
         return [
             {
                 **asdict(entry.need),
@@ -178,13 +178,13 @@ class SourceStatistics:
 
 
 Images: TypeAlias = Tensor | Dataset[Any] | Iterable[Any]
-Source: TypeAlias = Images | SourceStatistics | str | Path
+SourceLike: TypeAlias = Images | SourceStatistics | str | Path
 
 
 def known_from(
-    source: Source, model: nn.Module, model_fingerprint: str, needs: Sequence[Need], batch_size: int
+    source: SourceLike, model: nn.Module, model_fingerprint: str, needs: Sequence[Need], batch_size: int
 ) -> SourceStatistics:
-    """Statistics that hold just the needs, in their order: recorded from images, or looked up and checked.
+    """Statistics of these needs only, in their order: recorded from images, or looked up and checked.
 
     Raises:
         ValueError: recorded with another model or under other settings, or images that do not fit.
@@ -198,7 +198,7 @@ def known_from(
 
 
 class _Feed:
-    """Hands images to one need's recorder in batches of the size it asks for (None: as they come)."""
+    """Feeds the recorder of one need with batches of a given size (None: as they come)."""
 
     def __init__(self, model: nn.Module, need: Need, batch_size: int | None) -> None:
         if need.kind not in KINDS:
@@ -207,7 +207,7 @@ class _Feed:
             raise ValueError(f"The batch size of the source images is 1 or more; got {batch_size}.")
         self._need, self._batch_size, self._images = need, batch_size, 0
         self._recorder = KINDS[need.kind](model, need)
-        self._waiting: Batch | None = None  # images too few for a batch yet
+        self._waiting: SourceBatch | None = None  # images too few for a batch yet
         next(self._recorder)
 
     def take(self, images: Tensor, labels: Tensor | None, device: torch.device) -> None:
@@ -239,26 +239,26 @@ class _Feed:
             return Entry(self._need, self._images, stop.value)
         raise AssertionError(f"The recorder of {self._need.kind} goes on after its last batch.")
 
-    def _send(self, batch: Batch, device: torch.device) -> None:
+    def _send(self, batch: SourceBatch, device: torch.device) -> None:
         images, labels = batch[0].to(device), None if batch[1] is None else batch[1].to(device)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         self._recorder.send((images.clone() if images.is_inference() else images, labels))
 
 
-def _cut(images: Tensor, labels: Tensor | None, part: slice) -> Batch:
+def _cut(images: Tensor, labels: Tensor | None, part: slice) -> SourceBatch:
     return images[part], None if labels is None else labels[part]
 
 
 def _batches(source: Images, batch_size: int, num_workers: int) -> tuple[Iterable[Any], bool]:
     """The source as batches, and whether these may be regrouped: those of a user's own loader may not."""
     if isinstance(source, Tensor):
-        return _checked(source)[0].split(batch_size), True
+        return torch.split(_checked(source)[0], batch_size), True
     if isinstance(source, Dataset) and not hasattr(source, "__iter__"):
         return DataLoader(source, batch_size=batch_size, num_workers=num_workers), True
     return source, False
 
 
-def _checked(batch: Any) -> Batch:
+def _checked(batch: Any) -> SourceBatch:
     pair = batch if isinstance(batch, (tuple, list)) else (batch, None)
     images, labels = pair[0], pair[1] if len(pair) > 1 else None
     if not isinstance(images, Tensor) or images.dim() != 4:
