@@ -7,7 +7,8 @@ from torch.utils.data import TensorDataset
 
 from tta.datasets import digits, digits_c
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.domains import UNKNOWN, Classes, CorruptedImages
+from tta.datasets.domains import Classes, CorruptedImages
+from tta.labels import UNKNOWN
 
 KNOWN = 8  # classes of digits-cnn-8
 CLASSES_OF = {"digits-open": Classes(KNOWN)}

@@ -21,8 +21,9 @@ from torchvision.transforms import functional as F
 
 from tta import fingerprint
 from tta.datasets.corruptions import constants, corrupt
-from tta.datasets.domains import UNKNOWN, Classes
+from tta.datasets.domains import Classes
 from tta.datasets.geometry import Geometry
+from tta.labels import UNKNOWN
 from tta.paths import data_root
 
 HASHED = (

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.domains import UNKNOWN, Classes
+from tta.datasets.domains import Classes
 from tta.datasets.files import (
     ON_ERROR,
     CorruptedFiles,
@@ -19,6 +19,7 @@ from tta.datasets.files import (
 )
 from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
+from tta.labels import UNKNOWN
 
 ClassMap = str | Path | Mapping[str, int | None] | None
 

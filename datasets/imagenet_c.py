@@ -175,6 +175,8 @@ class CorruptedFolder(FileImages):
         settings: as of :class:`~tta.datasets.files.FileImages`.
     """
 
+    recipe = "imagenet"
+
     def __init__(
         self, name: str, home: Path, files: FileList, severity: int, clean: FileImages | None = None, **settings: Any
     ) -> None:

@@ -25,8 +25,9 @@ from tta import methods
 from tta.adapter import Adapter, Output
 from tta.callbacks import AdaptCallback, Consistency, SourceError
 from tta.config import as_dict
-from tta.datasets.domains import UNKNOWN, to_float
+from tta.datasets.domains import to_float
 from tta.datasets.stream import Batch, Stream
+from tta.labels import UNKNOWN
 from tta.progress import OnlineProgress
 from tta.results import Predictions, Result, Row, curves, environment, metrics
 from tta.results.cost import Passes, forget_peak_memory, peak_memory_mb

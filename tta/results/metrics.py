@@ -16,8 +16,9 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error, multiclass_accuracy
 
 from tta import functional
+from tta.labels import UNKNOWN
 from tta.results.curves import histogram_entropy
-from tta.results.predictions import UNKNOWN, Predictions
+from tta.results.predictions import Predictions
 from tta.results.result import Row
 
 BINS = 15
@@ -122,7 +123,7 @@ def auroc(score: Tensor, unknown: Tensor) -> float:
     return 100.0 * float(binary_auroc(rank.double() / len(levels), unknown.long()))
 
 
-def otsu_threshold(score: Tensor) -> float:
+def rejection_threshold(score: Tensor) -> float:
     """The threshold that splits scores into two groups of the least variance within, midway between the two.
 
     See :func:`tta.functional.otsu_threshold`; exact instead of over a histogram.
@@ -161,7 +162,7 @@ def open_set(score: Tensor, correct: Tensor, unknown: Tensor) -> dict[str, float
     if math.isnan(area):
         return {"auroc": math.nan, "h_score": math.nan, "h_score_otsu": math.nan}
     accuracy = _percent(correct[~unknown])
-    rejected = score > otsu_threshold(score)
+    rejected = score > rejection_threshold(score)
     kept, refused = _percent((correct & ~rejected)[~unknown]), _percent(rejected[unknown])
     return {"auroc": area, "h_score": h_score(accuracy, area), "h_score_otsu": h_score(kept, refused)}
 

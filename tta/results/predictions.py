@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tta.labels import UNKNOWN
+
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Scores = NDArray[np.floating[Any]]
-
-UNKNOWN = -1  # the label of a class that the source model does not know
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tta.labels import UNKNOWN
 from tta.results.metrics import per_sample
-from tta.results.predictions import UNKNOWN, Predictions
+from tta.results.predictions import Predictions
 
 # Logits wait until there are so many (32 MB): many small reductions would cost more than the forward of a small model,
 # and all logits of ImageNet-C together are 3 GB.
