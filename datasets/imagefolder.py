@@ -61,7 +61,7 @@ def domains(
         squash: resize both sides to ``resize``.
         interpolation: of the resizing, ``"bilinear"`` as ImageNet-C was made, ``"bicubic"`` ... as the weights expect.
         by_class: class by class instead of shuffled.
-        samples: number of images of each domain; default: all.
+        samples: number of images of each domain, the first ones; default: all.
         on_error: a file that cannot be decoded raises an error on access (``"raise"``), or is left out (``"skip"``): then
             all files are decoded once in advance, and the manifest lists the skipped ones.
         seed: not used; nothing is drawn.
