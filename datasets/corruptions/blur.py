@@ -57,7 +57,7 @@ def defocus_blur(images: Tensor, draws: Draws, setting: tuple[float, float]) -> 
     return out
 
 
-def draw_neighbours(keys: Keys, setting: Setting, size: Size) -> Draws:
+def draw_neighbours(keys: Keys, setting: tuple[float, int, int], size: Size) -> Draws:
     _, reach, passes = setting
 
     def offsets(axis: str) -> Tensor:
