@@ -1,9 +1,9 @@
-"""Contact sheets of all corruptions at all severities, for looking at: docs/corruptions_cifar.jpg, ..._imagenet.jpg.
+"""Contact sheets of all corruptions at all severities: docs/corruptions_cifar.jpg, docs/corruptions_imagenet.jpg.
 
     python benchmarks/contact_sheet.py docs           # half a minute
 
-A row is a corruption, a column a severity, the clean image first. The images are the two samples that scikit-learn
-ships, cropped: china.jpg by danielbuechele and flower.jpg by vultilion on Flickr, both CC BY 2.0.
+One row per corruption, one column per severity, the clean image first. The images are cropped from scikit-learn's two
+samples: china.jpg by danielbuechele and flower.jpg by vultilion on Flickr, both CC BY 2.0.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What the engine costs: steady-state images/s of `tta.evaluate` against a bare forward loop over the same tensors.
+"""Overhead of the engine: steady-state images/s of `tta.evaluate` against a bare forward loop over the same tensors.
 
     python benchmarks/overhead.py --pairs 31          # about a minute on 2 cores
 
-Both read the same float32 images from memory, in turn, and each pair gives a ratio of the median times of a batch; the
-median ratio is the number to quote. For the embedded CNN at batch 200 the aim is 0.95. It is not met, since its forward is
-short: 0.87 where two cores take 4.9 ms for one, 0.91 where one core takes 8.5 ms. A plain loop without a Trainer, `for batch
-in stream: adapter(batch.images)`, is at 0.94 on two cores: 0.1 ms to read a batch, 0.2 ms for the adapter, half of that to
-look for NaN in the images. Beside longer steps it matters less: 0.95 to 0.97 with `--method tent`. With `--model cifar-resnet20` the
-engine is ahead, 1.16, because an adapter runs that model channels last.
+Both read the same float32 images from memory, alternately, and each pair gives a ratio of the median times of a batch;
+quote the median ratio. For the embedded CNN at batch 200 the aim is 0.95. It is not met, because its forward is short:
+0.87 on two cores (4.9 ms per forward), 0.91 on one core (8.5 ms). A plain loop without a Trainer, `for batch in stream:
+adapter(batch.images)`, has 0.94 on two cores: 0.1 ms to read a batch, 0.2 ms for the adapter, half of that to look for NaN
+in the images. For longer steps it matters less: 0.95 to 0.97 with `--method tent`. With `--model cifar-resnet20` the
+engine is faster, 1.16, because an adapter runs that model channels last.
 """
 
 import argparse
@@ -25,7 +25,7 @@ WARM_UP = 10  # batches
 
 
 class Clock(Callback):
-    """The time at which each batch was done."""
+    """Records the time at the end of each batch."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

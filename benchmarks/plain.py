@@ -1,8 +1,8 @@
-"""The core methods written down in the plainest way, as a researcher would from the papers: what `speed.py` compares with.
+"""The core methods in the plainest form, as a researcher would write them from the papers, as a baseline of `speed.py`.
 
-No trick of the toolkit is used: channels first, hooks that keep whole activations, gradients through ``.grad``, the
-optimizer as it comes. ``STEPS[method](model, source)`` gives a function that adapts a copy of the model by one batch and
-returns its logits. The results are not checked here; the golden logits do that for the methods themselves.
+They use none of the toolkit's optimisations: channels first, hooks that keep whole activations, gradients through
+``.grad``, a standard optimizer. ``STEPS[method](model, source)`` gives a function that adapts a copy of the model to one
+batch and returns its logits. The results are not checked here; the golden logits check the methods themselves.
 """
 
 import copy

@@ -12,7 +12,7 @@ from tta.datasets.protocols import PROTOCOLS
 from tta.report.schedule import draw_schedule, save
 
 CORRUPTIONS = ["gaussian_noise", "defocus_blur", "snow", "contrast", "pixelate"]
-# accuracies of a made-up model: they fall by 5 points for each quarter of severity, from 95 % to 15 %
+# Accuracies of an invented model: they fall by 5 points per quarter of severity, from 95 % to 15 %.
 FALLING = (95 - 5 * np.add.outer(np.arange(21), np.arange(21))).clip(min=15)
 CCC = {"total": 2400, "speed": 20, "matrix": dict.fromkeys(permutations(CORRUPTIONS, 2), FALLING)}
 VARIANTS = [
@@ -38,8 +38,8 @@ def main(file: Path, columns: int = 3) -> None:
             "digits-c", protocol=protocol, batch_size=20, samples=200, corruptions=CORRUPTIONS, **settings
         )
         draw_schedule(stream, *panel.subplots(2, 1, sharex=True))
-        told = " ".join(f"{key}={value}" for key, value in settings.items() if key != "matrix")
-        panel.suptitle(f"{protocol} {told} (reset {stream.reset})", fontsize=8)
+        given = " ".join(f"{key}={value}" for key, value in settings.items() if key != "matrix")
+        panel.suptitle(f"{protocol} {given} (reset {stream.reset})", fontsize=8)
     save(figure, file)
 
 

@@ -1,19 +1,18 @@
-"""What adapting costs: time of an adapt-and-predict step over that of the frozen forward, and memory above it.
+"""Cost of adaptation: time of an adapt-and-predict step relative to the frozen forward, and additional memory.
 
     python benchmarks/speed.py                              # every method that takes the model; minutes on 2 cores
     python benchmarks/speed.py --methods norm tent --rounds 15 --threads 2
     python benchmarks/speed.py --model timm:resnet50 --checkpoint FILE --preset imagenet-c --size 224 --batch-size 64 --device cuda
 
-The frozen forward is the same model in eval(), float32, channels first, no gradient, on the same batch. The two run in
-turn, round after round, and each round gives a ratio; the medians are the numbers to quote. The released code of the
-papers, measured so on 2 cores of another machine: norm 1.4, tent 1.8, eata 1.95, sar 4.0, actmad 3.5, rotta 12.6, cotta
-105. How much of a ratio is the machine's shows the column "plain": the method written down without any trick (`plain.py`),
-a step of it in the same rounds (at the defaults: none with --preset). Ratios rise on a machine that does something else
-meanwhile: a step waits more for memory than a forward does.
+The frozen forward is the same model in eval(), float32, channels first, no gradient, on the same batch. The two run
+alternately, and each round gives a ratio; quote the medians. The released code of the papers, measured in the same way on
+2 cores of another machine: norm 1.4, tent 1.8, eata 1.95, sar 4.0, actmad 3.5, rotta 12.6, cotta 105. The column "plain"
+shows the influence of the machine: a step of the method without any optimisation (`plain.py`), in the same rounds (with
+default settings, so not with --preset). Ratios rise on a busy machine: a step waits more for memory than a forward does.
 
-Memory is the peak of what PyTorch allocates from building the adapter (its copy of the model included) through three
-steps, less the peak of the frozen forward. On a GPU that is the allocator's own count; on a CPU it is summed from the
-profiler's record of every allocation, which does not see the scratch memory inside a kernel.
+Memory is the peak of PyTorch's allocations from building the adapter (with its copy of the model) through three steps,
+minus the peak of the frozen forward. On a GPU that is the allocator's own count; on a CPU it is summed from the profiler's
+record of every allocation, which does not include the scratch memory inside a kernel.
 """
 
 import argparse
@@ -40,9 +39,9 @@ BATCH_SIZE = {"rotta": 64}  # its memory holds 64 and it updates every 64: one u
 
 @torch.no_grad()
 def resnet20(images: Tensor) -> nn.Module:
-    """The ResNet-20 of CIFAR with random weights, its classifier fitted so that predictions spread over the classes.
+    """The ResNet-20 of CIFAR with random weights, its classifier scaled so that predictions spread over the classes.
 
-    It is unsure of most images, so that cotta averages over its views; rotta's memory fills.
+    Most predictions have low confidence, so that cotta averages over its views and rotta's memory fills.
     """
     torch.manual_seed(0)
     model = tta.load_model("cifar-resnet20", pretrained=False)
@@ -72,7 +71,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that ``call`` holds at once of what it allocates itself."""
+    """Peak of the memory that ``call`` allocates."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -92,7 +91,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 class Measured(NamedTuple):
-    """A method's steps: milliseconds each, as a multiple of the frozen forward (also the plain ones), and memory above it."""
+    """A method's steps: milliseconds, ratios to the frozen forward (also of the plain method), and additional memory."""
 
     batch: int
     milliseconds: list[float]
@@ -130,7 +129,40 @@ def measure(
     return found
 
 
-def main() -> None:
+def table(measured: dict[str, Measured], title: str) -> Table:
+    """One row per method."""
+    found = Table(title=title)
+    for column in (
+        "method",
+        "batch",
+        "images/s",
+        "step, ms",
+        "x frozen forward",
+        "lowest",
+        "highest",
+        "plain",
+        "released code",
+        "MB above it",
+    ):
+        found.add_column(column, justify="left" if column == "method" else "right")
+    for method, steps in measured.items():
+        milliseconds, ratios = statistics.median(steps.milliseconds), steps.ratios
+        found.add_row(
+            method,
+            str(steps.batch),
+            f"{1e3 * steps.batch / milliseconds:.0f}",
+            f"{milliseconds:.0f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{min(ratios):.2f}",
+            f"{max(ratios):.2f}",
+            f"{statistics.median(steps.of_plain):.2f}" if steps.of_plain else "",
+            str(RELEASED.get(method, "")),
+            f"{steps.memory / 1e6:.1f}",
+        )
+    return found
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a spec of tta.load_model; default: a ResNet-20 of CIFAR with random weights")
     parser.add_argument("--checkpoint", help="its weights")
@@ -145,8 +177,12 @@ def main() -> None:
     presets = {name for method in arguments.methods for name in config.load("method", method)}
     if arguments.preset and arguments.preset not in presets:
         parser.error(f"no method here has the preset '{arguments.preset}'; there are: {', '.join(sorted(presets))}")
+    return arguments
 
-    keep_freed_memory()  # as the commands do; else the pages that the system maps anew make the ratios noise
+
+def main() -> None:
+    arguments = parsed()
+    keep_freed_memory()  # as the commands do; otherwise pages that the system maps again make the ratios noisy
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     images = torch.rand(max(arguments.batch_size, 64), 3, arguments.size, arguments.size)
@@ -155,46 +191,18 @@ def main() -> None:
     images = images.to(device)
 
     measured, refused = {}, {}
-    for method in arguments.methods:  # one after the other: thirty adapters of a large model at once fill any card
+    for method in arguments.methods:  # one after another: thirty adapters of a large model at once fill any GPU
         x = images[: BATCH_SIZE.get(method, arguments.batch_size)]
         try:
             measured[method] = measure(model, method, x, images, arguments.rounds, arguments.preset)
             ratio = statistics.median(measured[method].ratios)
-            print(f"{method}: {ratio:.2f} frozen forwards", file=sys.stderr, flush=True)  # of a run that is cut short
+            # Printed at once, so that an interrupted run has shown something.
+            print(f"{method}: {ratio:.2f} frozen forwards", file=sys.stderr, flush=True)
         except (TypeError, ValueError, torch.OutOfMemoryError) as error:
             refused[method] = str(error).splitlines()[0]
 
-    table = Table(
-        title=f"{arguments.model or 'ResNet-20'}, {device}, {arguments.threads} threads, {arguments.rounds} rounds"
-    )
-    for column in (
-        "method",
-        "batch",
-        "images/s",
-        "step, ms",
-        "x frozen forward",
-        "lowest",
-        "highest",
-        "plain",
-        "released code",
-        "MB above it",
-    ):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for method, found in measured.items():
-        milliseconds, ratios = statistics.median(found.milliseconds), found.ratios
-        table.add_row(
-            method,
-            str(found.batch),
-            f"{1e3 * found.batch / milliseconds:.0f}",
-            f"{milliseconds:.0f}",
-            f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f}",
-            f"{max(ratios):.2f}",
-            f"{statistics.median(found.of_plain):.2f}" if found.of_plain else "",
-            str(RELEASED.get(method, "")),
-            f"{found.memory / 1e6:.1f}",
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    title = f"{spec or 'ResNet-20'}, {device}, {arguments.threads} threads, {arguments.rounds} rounds"
+    Console(width=None if sys.stdout.isatty() else 120).print(table(measured, title))
     for method, reason in refused.items():
         print(f"{method} did not run: {reason}")
 

@@ -3,7 +3,7 @@
     python benchmarks/train_digits.py      # about 90 s on one core; writes tta/weights/*.safetensors
 
 Expect a clean held-out error of about 1 % (the CNNs) and 3 % (ViT). The same machine gives the same bytes again. The
-training images are shifted, turned and scaled a little, as handwriting is; they see none of the benchmark's corruptions.
+training images are slightly shifted, rotated and scaled, like handwriting; none of the benchmark's corruptions is used.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CLASSES = {"digits-cnn-8": 8}  # the others know all ten
 
 
 def jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn by up to 12 degrees, scale by up to 10 %, shift by up to 2 pixels; (n, 3, 32, 32)."""
+    """Rotate by up to 12 degrees, scale by up to 10 %, shift by up to 2 pixels; (n, 3, 32, 32)."""
     turn, scale, dx, dy = (torch.rand(4, len(images), generator=generator) * 2 - 1).unbind()
     angle, scale, dx, dy = turn * 0.21, 1 + 0.1 * scale, dx / 8, dy / 8
     cos, sin = angle.cos() * scale, angle.sin() * scale
@@ -33,7 +33,7 @@ def jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def known(name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images in [0, 1] of the classes that a model is for, and their labels."""
+    """Images in [0, 1] of the classes of a model, and their labels."""
     images, labels, _ = digits.split(split)
     mine = labels < CLASSES.get(name, 10)
     return images[mine].float() / 255, labels[mine]
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(EMBEDDED))
     parser.add_argument("--epochs", type=int, help="of all models (default: 40 for the CNNs, 150 for the ViT)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # one order of summation: the same bytes whatever else the machine does
+    torch.set_num_threads(1)  # one order of summation, so that the bytes are always the same
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.models:

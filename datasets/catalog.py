@@ -1,11 +1,12 @@
-"""Streams and protocols by name. ``tta.stream`` lives here."""
+"""Streams and protocols by name: ``tta.stream``."""
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tta.datasets.geometry import fitted
 from tta.datasets.protocols import PROTOCOLS
 from tta.datasets.stream import Stream, check
 
-# name -> the module of this folder whose `domains(...)`, or function named, makes the stream's domains; what it is in a line
+# name -> (module of this folder, whose function `domains`, or the one after the colon, makes the domains; description)
 STREAMS = {
     "cifar10-c": ("cifar_c", "CIFAR-10-C as published, or generated from clean CIFAR-10"),
     "cifar100-c": ("cifar_c:cifar100", "CIFAR-100-C as published, or generated from clean CIFAR-100"),
@@ -40,7 +41,8 @@ STREAMS = {
 }
 
 
-UNTOLD = ("model", "cache", "progress")  # what a stream takes from them its domains tell, or they change nothing of it
+# Settings omitted from the manifest: the domains' entries have the model's hash, the others do not change the stream.
+NOT_IN_MANIFEST = ("model", "cache", "progress")
 
 
 def stream(
@@ -55,14 +57,14 @@ def stream(
 
     Args:
         name: one of ``tta list streams``, or a mapping from domain names to datasets of ``(image, label)``.
-        batch_size: samples a batch.
-        seed: of whatever is drawn (corruptions, orders).
+        batch_size: samples per batch.
+        seed: of everything that is drawn (corruptions, orders).
         protocol: one of ``tta list protocols``.
-        settings: what the stream of that name accepts, such as ``severity=5`` or ``corruptions=["fog"]``, and the
-            parameters of the protocol, such as ``delta=0.1``; see :mod:`tta.datasets.protocols`.
+        settings: settings of the stream, such as ``severity=5`` or ``corruptions=["fog"]``, and parameters of the
+            protocol, such as ``delta=0.1``; see :mod:`tta.datasets.protocols`.
 
     Raises:
-        ValueError: an unknown stream, protocol or setting; the nearest name is offered.
+        ValueError: an unknown stream, protocol or setting; the message suggests the nearest name.
 
     Example:
         >>> import tta
@@ -82,20 +84,7 @@ def stream(
     of_stream = {key: value for key, value in settings.items() if key not in own}
     for key, value in of_protocol.items():
         _check_type(f"{key} of protocol '{protocol}'", value, own[key])
-    domains: list[Domain]
-    if isinstance(name, str):
-        for key in of_stream:
-            if key not in stream_settings(name, protocol):
-                known = stream_settings(name, protocol)
-                raise ValueError(_unknown(f"setting of stream '{name}', protocol '{protocol}':", key, known))
-        domains = _maker(name)(seed=seed, **of_stream)
-    else:
-        if of_stream:
-            raise ValueError(
-                f"A stream over your own datasets has no setting '{next(iter(of_stream))}'; its protocol '{protocol}' has: "
-                f"{', '.join(own) or 'none'}."
-            )
-        domains = [DatasetImages(domain, dataset) for domain, dataset in name.items()]
+    domains = _domains(name, protocol, seed, of_stream)
     check(domains, batch_size)
     build, reset = PROTOCOLS[protocol]
     rows, schedule = build(domains, seed, batch_size, **of_protocol)
@@ -106,9 +95,27 @@ def stream(
         seed=seed,
         protocol=schedule.protocol or protocol,
         reset=reset,
-        settings={key: _told(value) for key, value in settings.items() if key not in UNTOLD},
+        settings={key: _for_manifest(value) for key, value in settings.items() if key not in NOT_IN_MANIFEST},
         schedule=schedule,
     )
+
+
+def _domains(
+    name: str | Mapping[str, Dataset[Any]], protocol: str, seed: int, settings: dict[str, Any]
+) -> Sequence[Domain]:
+    """The domains of a named stream, or those of a user's datasets."""
+    if isinstance(name, str):
+        known = stream_settings(name, protocol)
+        for key in settings:
+            if key not in known:
+                raise ValueError(_unknown(f"setting of stream '{name}', protocol '{protocol}':", key, known))
+        return _maker(name)(seed=seed, **settings)
+    if settings:
+        raise ValueError(
+            f"A stream over your own datasets has no setting '{next(iter(settings))}'; its protocol '{protocol}' has: "
+            f"{', '.join(protocol_settings(protocol)) or 'none'}."
+        )
+    return [DatasetImages(domain, dataset) for domain, dataset in name.items()]
 
 
 def source_images(
@@ -117,18 +124,19 @@ def source_images(
     """Clean images of the source domain, for :meth:`tta.SourceStatistics.record` and ``source=``.
 
     Args:
-        name: a stream (the images its source models were trained on), or a folder ``CLASS/IMAGE``, or one of images alone,
-            without labels then; its order is shuffled once and for all, so that the first so many are of all classes.
-        preprocessing: that of the model. A folder's images of another size than its input are resized and cropped as its
-            weights expect, see :func:`tta.datasets.geometry.fitted`. Left out: they stay as they are.
-        on_error: a file that cannot be decoded is an error (``"raise"``) when it comes, or is left out (``"skip"``).
+        name: a stream (the images on which its source models were trained), or a folder ``CLASS/IMAGE``, or a folder of
+            images without classes, which then have no labels. A folder is shuffled, always in the same way, so that its
+            first images are of all classes.
+        preprocessing: of the model. A folder's images of another size than the model's input are resized and cropped as
+            its weights expect, see :func:`tta.datasets.geometry.fitted`. Default: they are not changed.
+        on_error: a file that cannot be decoded raises an error on access (``"raise"``), or is left out (``"skip"``).
 
     Raises:
         FileNotFoundError: a folder without images.
-        ValueError: the stream offers no source images, or there is neither such a stream nor such a folder.
+        ValueError: the stream offers no source images, or ``name`` is neither a stream nor a folder.
     """
     if name in STREAMS:
-        make = getattr(_module(name), "source_images", None)
+        make: Callable[[], Dataset[Any]] | None = getattr(_module(name), "source_images", None)
         if make is None:
             raise ValueError(
                 f"Stream '{name}' offers no source images. Name a folder of images, or statistics saved by `tta source`, as source=PATH."
@@ -145,21 +153,22 @@ def source_images(
 
 
 def classes_of(name: str) -> Classes | None:
-    """What the labels of a stream count, where that is known without its images."""
+    """The classes of a stream, None if they are not known without its images."""
     known: Mapping[str, Classes] = getattr(_module(name), "CLASSES_OF", {})
     return known.get(name)
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType:
     return import_module(f"tta.datasets.{STREAMS[name][0].partition(':')[0]}")
 
 
-def _maker(name: str) -> Callable[..., list[Domain]]:
-    return getattr(_module(name), STREAMS[name][0].partition(":")[2] or "domains")
+def _maker(name: str) -> Callable[..., Sequence[Domain]]:
+    make: Callable[..., Sequence[Domain]] = getattr(_module(name), STREAMS[name][0].partition(":")[2] or "domains")
+    return make
 
 
 def stream_settings(name: str, protocol: str = "continual") -> list[str]:
-    """Names of the settings that a stream accepts beside batch size, seed and protocol, the protocol's own included."""
+    """Names of a stream's settings, those of its protocol included, without batch size, seed and protocol."""
     make = _maker(name)
     own = protocol_settings(protocol) if protocol in PROTOCOLS else {}
     return [*(key for key in inspect.signature(make).parameters if key != "seed"), *own]
@@ -171,13 +180,12 @@ def protocol_settings(name: str) -> dict[str, Any]:
     return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _told(value: Any) -> Any:
-    """A setting as the manifest tells it: datasets by their class, what they hold is hashed with the domains."""
+def _for_manifest(value: Any) -> Any:
+    """A setting as the manifest shows it: a dataset by its class name, since the domains hash its content."""
     if isinstance(value, Mapping):
-        return {key: _told(item) for key, item in value.items()}
-    return (
-        type(value).__name__ if hasattr(value, "__getitem__") and not isinstance(value, (str, list, tuple)) else value
-    )
+        return {key: _for_manifest(item) for key, item in value.items()}
+    is_dataset = hasattr(value, "__getitem__") and not isinstance(value, (str, list, tuple))
+    return type(value).__name__ if is_dataset else value
 
 
 def _check_type(what: str, value: Any, kind: Any) -> None:

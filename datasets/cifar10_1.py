@@ -9,7 +9,7 @@ from tta.datasets.cifar_c import read_array
 from tta.datasets.domains import Classes, CleanImages, Renamed
 from tta.datasets.files import find_folder
 
-# images of each class
+# images per class
 COUNTS = {"v4": (208, 212, 202, 212, 204, 218, 192, 210, 161, 202), "v6": (200,) * 10}
 
 
@@ -22,14 +22,14 @@ def domains(
     folder of ``cifar10.1_v6_data.npy``, uint8 (2000, 32, 32, 3), and ``cifar10.1_v6_labels.npy``; v4 has 2021 images.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        root: the folder; default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         version: ``"v6"``, balanced and recommended by its authors, or ``"v4"``, which some papers use.
-        samples: only the first so many.
+        samples: number of images, the first ones; default: all.
         seed: not used; nothing is drawn.
 
     Raises:
         FileNotFoundError: no such files; the message says how to get them.
-        ValueError: a file of another shape, other class counts than published, or a setting out of range.
+        ValueError: a file with another shape or other class counts than published, or a setting out of range.
     """
     if version not in COUNTS:
         raise ValueError(f"version is 'v4' or 'v6'; got {version!r}.")

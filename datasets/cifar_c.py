@@ -1,11 +1,12 @@
-"""``cifar10-c``, ``cifar100-c``: the published files, or corruptions generated where only clean CIFAR is at hand."""
+"""``cifar10-c``, ``cifar100-c``: the published files, or corruptions generated from clean CIFAR."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import pil_loader
@@ -23,7 +24,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 class Cifar(NamedTuple):
-    """One of the two data sets: what it is called, how many classes it has, who reads it clean."""
+    """One of the two data sets: its name, its number of classes, and torchvision's reader of the clean images."""
 
     name: str
     classes: int
@@ -49,26 +50,25 @@ def domains(
 ) -> list[Domain]:
     """The CIFAR-10 test images, once for each corruption, in the canonical order.
 
-    ``root`` is, or holds, one of these; the first that is there is taken:
+    ``root`` is, or holds, one of these; the first that exists is used:
 
     * ``CIFAR-10-C/``: the published files, ``gaussian_noise.npy`` ... and ``labels.npy``, uint8 (50000, 32, 32, 3) in
-      five blocks of 10 000 images, one a severity. Hendrycks & Dietterich, ICLR 2019,
+      five blocks of 10 000 images, one per severity. Hendrycks & Dietterich, ICLR 2019,
       https://zenodo.org/records/2535967. Read as memory maps.
     * ``cifar-10-batches-py/``: clean CIFAR-10 as torchvision downloads it; the corruptions are generated.
-    * ``test/CLASS/*.png`` (or .jpg): clean CIFAR-10 as image files; the corruptions are generated. A folder has no
-      order of its own but that of the classes, which would ruin batch statistics: the images are shuffled, always in
-      the same way.
+    * ``test/CLASS/*.png`` (or .jpg): clean CIFAR-10 as image files; the corruptions are generated. Files are listed
+      class by class, which would ruin batch statistics: the images are shuffled, always in the same way.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        root: the folder; default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         severity: 1 to 5.
-        corruptions: which, and in which order.
-        samples: only the first so many images of each domain; all 10 000 if left out.
+        corruptions: names in order of arrival.
+        samples: number of images of each domain, the first ones; default: all 10 000.
         seed: of the draws of generated corruptions.
 
     Raises:
-        FileNotFoundError: none of them is there; the message says how to get one.
-        ValueError: a file that is truncated or of another shape, an unknown corruption, a severity out of range.
+        FileNotFoundError: none of them exists; the message says how to get one.
+        ValueError: a truncated file or one of another shape, an unknown corruption, or a severity out of range.
     """
     return _domains(CIFAR_10, root, severity, corruptions, samples, seed)
 
@@ -84,7 +84,7 @@ def cifar100(
     """The CIFAR-100 test images, once for each corruption, in the canonical order.
 
     ``root`` is, or holds, ``CIFAR-100-C/`` as published (https://zenodo.org/records/3555552, laid out as CIFAR-10-C), or
-    ``cifar-100-python/``, clean CIFAR-100 as torchvision downloads it. All else is as for ``cifar10-c``: see
+    ``cifar-100-python/``, clean CIFAR-100 as torchvision downloads it. Settings and errors as for ``cifar10-c``: see
     :func:`domains`.
     """
     return _domains(CIFAR_100, root, severity, corruptions, samples, seed)
@@ -127,14 +127,14 @@ def _domains(
 
 
 class PublishedImages:
-    """One corruption at one severity of a published file; images are read when they are asked for.
+    """One corruption at one severity of a published file; images are read on access.
 
     Args:
         name: of the corruption.
-        file: uint8 (50000, 32, 32, 3) in five blocks of 10 000 images, one a severity.
+        file: uint8 (50000, 32, 32, 3) in five blocks of 10 000 images, one per severity.
         labels: (n,), int64, of the first n images of a block.
         severity: 1 to 5.
-        kind: of which data set.
+        kind: the data set.
     """
 
     recipe = "cifar"
@@ -163,8 +163,8 @@ class PublishedImages:
         """The same images without the corruption, from clean CIFAR beside the published folder.
 
         Raises:
-            FileNotFoundError: it is not there; the message says how to get it.
-            ValueError: its images come in another order than the published ones.
+            FileNotFoundError: clean CIFAR is missing; the message says how to get it.
+            ValueError: its images have another order than the published ones.
         """
         folder = self._file.parent.parent
         try:
@@ -183,7 +183,7 @@ class PublishedImages:
         return CleanImages(images[first], labels[first], self.index, origin=origin)
 
     def describe(self) -> dict[str, str]:
-        """What the manifest says of the images: where they lie and a hash over all that is used of them."""
+        """The manifest entry: where the images are and a hash over the used images and labels."""
         used = torch.from_numpy(np.array(self._block[: len(self.labels)]))
         content = fingerprint.of_tensors([("images", used), ("labels", self.labels)])
         return {"origin": self.origin, "content": content}
@@ -200,17 +200,17 @@ def _read_labels(folder: Path, severity: int, kind: Cifar) -> Tensor:
     return labels
 
 
-def _read_block(file: Path, shape: tuple[int, ...], severity: int) -> np.ndarray:
-    """The part of a published file that belongs to a severity, (10000, *shape) uint8, as a memory map."""
+def _read_block(file: Path, shape: tuple[int, ...], severity: int) -> NDArray[Any]:
+    """The block of a published file for a severity, (10000, *shape) uint8, as a memory map."""
     return read_array(file, (5 * IMAGES, *shape))[(severity - 1) * IMAGES : severity * IMAGES]
 
 
-def read_array(file: Path, expected: tuple[int, ...]) -> np.ndarray:
+def read_array(file: Path, expected: tuple[int, ...]) -> NDArray[Any]:
     """A file of images, uint8 (n, height, width, 3), or of labels, integers (n,), as a memory map.
 
     Raises:
-        FileNotFoundError: no such file; those beside it are listed.
-        ValueError: it is truncated, no .npy, or of another shape or type.
+        FileNotFoundError: no such file; the message lists those beside it.
+        ValueError: it is truncated, not an .npy file, or of another shape or type.
     """
     if not file.exists():
         there = sorted(other.stem for other in file.parent.glob("*.npy") if other.stem != "labels")
@@ -218,7 +218,7 @@ def read_array(file: Path, expected: tuple[int, ...]) -> np.ndarray:
     try:
         with file.open("rb") as start:
             np.lib.format.read_magic(start)
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array: NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(
             f"'{file}' cannot be read as uint8 {expected}: it has {file.stat().st_size} bytes, and a whole file has "
@@ -232,7 +232,7 @@ def read_array(file: Path, expected: tuple[int, ...]) -> np.ndarray:
 
 
 def clean_images(folder: Path, kind: Cifar) -> tuple[Tensor, Tensor, str]:
-    """The clean test images uint8 (10000, 3, 32, 32), their labels, and where they come from in words."""
+    """The clean test images uint8 (10000, 3, 32, 32), their labels, and a description of their origin."""
     inner = kind.reader.base_folder
     home = folder.parent if folder.name == inner else folder  # torchvision names the folder above
     if (home / inner).is_dir():
@@ -267,7 +267,7 @@ def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
 
 def _decode(file: Path) -> Tensor:
     try:
-        image = F.pil_to_tensor(pil_loader(file))
+        image: Tensor = F.pil_to_tensor(pil_loader(file))
     except (OSError, SyntaxError, ValueError) as error:  # Pillow: a broken PNG is a SyntaxError
         raise ValueError(f"'{file}' is not an image that can be decoded ({error}).") from None
     if image.shape != (3, 32, 32):

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as small RGB images, split once and for all."""
+"""scikit-learn's handwritten digits as small RGB images, in a fixed split."""
 
 from functools import cache
 
@@ -13,12 +13,12 @@ TRAINING_IMAGES = 997  # of 1797; the other 800 are held out
 
 @cache
 def split(name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The digits for training the source models, or the held-out ones that streams are made of.
+    """The digits on which the source models were trained, or the held-out ones of the streams.
 
     Alpaydin & Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
 
     Args:
-        name: ``"train"`` (997 images) or ``"test"`` (800 images); the two share none.
+        name: ``"train"`` (997 images) or ``"test"`` (800 images), without common images.
 
     Returns:
         images uint8 (n, 3, 32, 32), labels int64 (n,), and index int64 (n,), each image's row in scikit-learn's data.

@@ -10,7 +10,7 @@ from tta.datasets.domains import CorruptedImages
 
 
 def source_images() -> TensorDataset:
-    """The clean digits that the embedded source models were trained on, with labels: 997 of (3, 32, 32), uint8."""
+    """The clean digits on which the embedded source models were trained, with labels: 997 of (3, 32, 32), uint8."""
     return TensorDataset(*digits.split("train")[:2])
 
 
@@ -21,8 +21,8 @@ def domains(
 
     Args:
         severity: 0 to 5, see :func:`tta.datasets.corrupt`.
-        corruptions: which, and in which order; those to tune on too.
-        samples: only the first so many images of each domain; all 800 if left out.
+        corruptions: names in order of arrival; validation corruptions are allowed.
+        samples: number of images of each domain, the first ones; default: all 800.
         seed: of the corruptions' draws.
 
     Raises:

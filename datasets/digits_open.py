@@ -7,14 +7,15 @@ from torch.utils.data import TensorDataset
 
 from tta.datasets import digits, digits_c
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.domains import UNKNOWN, Classes, CorruptedImages
+from tta.datasets.domains import Classes, CorruptedImages
+from tta.labels import UNKNOWN
 
 KNOWN = 8  # classes of digits-cnn-8
 CLASSES_OF = {"digits-open": Classes(KNOWN)}
 
 
 def source_images() -> TensorDataset:
-    """The clean digits 0 to 7 that ``digits-cnn-8`` was trained on, with labels: n of (3, 32, 32), uint8."""
+    """The clean digits 0 to 7 on which ``digits-cnn-8`` was trained, with labels: n of (3, 32, 32), uint8."""
     images, labels, _ = digits.split("train")
     return TensorDataset(images[labels < KNOWN], labels[labels < KNOWN])
 
@@ -22,15 +23,15 @@ def source_images() -> TensorDataset:
 def domains(
     *, severity: float = 5, corruptions: Sequence[str] = CORRUPTIONS, samples: int | None = None, seed: int = 0
 ) -> list[CorruptedImages]:
-    """The held-out digits, once for each corruption; about a fifth of them are an 8 or a 9, whose label is -1.
+    """The held-out digits, once for each corruption; about a fifth of them are an 8 or a 9, with the label -1.
 
-    What STAMP (ECCV 2024) and OWTTT (ICCV 2023) do with other data sets mixed in, with classes of the same one: unknown
-    images look like known ones, and are corrupted alike.
+    STAMP (ECCV 2024) and OWTTT (ICCV 2023) mix in other data sets; here the unknown classes are of the same data set, so
+    that unknown images look like known ones and are corrupted in the same way.
 
     Args:
         severity: 0 to 5, see :func:`tta.datasets.corrupt`.
-        corruptions: which, and in which order; those to tune on too.
-        samples: only the first so many images of each domain; all 800 if left out.
+        corruptions: names in order of arrival; validation corruptions are allowed.
+        samples: number of images of each domain, the first ones; default: all 800.
         seed: of the corruptions' draws.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``domainnet-126``, ``pacs``, ``officehome``: the sets of domain generalisation, ``DOMAIN/CLASS/IMAGE``."""
+"""``domainnet-126``, ``pacs``, ``officehome``: data sets of domain generalisation, ``DOMAIN/CLASS/IMAGE``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from tta.datasets.geometry import Geometry
 
 
 class _Published(NamedTuple):
-    """One of the three: its folder's names, where it is from, its domains with the folders they may be, its classes."""
+    """One of the three: names of its folder, its source, its domains with their possible folders, number of classes."""
 
     folders: tuple[str, ...]
     how: str
@@ -66,25 +66,25 @@ def domainnet_126(
 ) -> list[FileImages]:
     """DomainNet-126: the four cleanest domains and 126 classes of DomainNet.
 
-    Peng et al., "Moment Matching for Multi-Source Domain Adaptation", ICCV 2019; the subset of Saito et al., ICCV 2019, as
-    test-time adaptation uses it since Chen et al., CVPR 2022 (AdaContrast). ``root`` is, or holds as ``DomainNet-126/``,
+    Peng et al., "Moment Matching for Multi-Source Domain Adaptation", ICCV 2019; the subset of Saito et al., ICCV 2019,
+    used for test-time adaptation since Chen et al., CVPR 2022 (AdaContrast). ``root`` is, or holds as ``DomainNet-126/``,
     the folders ``clipart/aircraft_carrier/*.jpg``.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
-        domains: which, and in which order; leave out the one that the model was trained on.
+        root: the folder; default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        domains: names in order of arrival; leave out the one on which the model was trained.
         lists: folder of the published lists ``clipart_list.txt`` ..., lines ``clipart/aircraft_carrier/NAME.jpg 0``; they
-            choose 126 classes among all 345 and count them. Left out: those beside the images, else every image of
-            the 126 class folders that must then be there.
-        samples: only the first so many images of each domain.
-        by_class: as listed, class by class, instead of shuffled, always in the same way.
+            select 126 of all 345 classes and number them. Default: lists beside the images, else all images of the
+            folder, which must then have the 126 class folders.
+        samples: number of images of each domain, the first ones; default: all.
+        by_class: class by class as listed, instead of shuffled, always in the same way.
         resize: pixels of both sides, as published; of the shorter side with ``squash=False``.
-        crop: side of the square taken from the middle.
+        crop: side of the square in the middle.
         squash: see ``resize``.
         seed: not used; nothing is drawn.
 
     Raises:
-        FileNotFoundError: no such data, or a part of it is missing: which, and how to get it.
+        FileNotFoundError: the data or a part of it is missing; the message says which, and how to get it.
         ValueError: an unknown domain, another number of classes than published, a bad list, or a setting out of range.
     """
     geometry = Geometry(resize, crop, squash)
@@ -105,7 +105,7 @@ def pacs(
     """PACS: photos, art paintings, cartoons and sketches of seven classes.
 
     Li et al., "Deeper, Broader and Artier Domain Generalization", ICCV 2017. ``root`` is, or holds as ``PACS/`` (or
-    ``PACS/kfold/``), the folders ``art_painting/dog/*.jpg``. Classes are counted in alphabetical order. Settings and errors
+    ``PACS/kfold/``), the folders ``art_painting/dog/*.jpg``. Classes are numbered in alphabetical order. Settings and errors
     as for ``domainnet-126``: see :func:`domainnet_126`.
     """
     return _domains(PACS, root, domains, None, samples, by_class, Geometry(resize, crop, squash))
@@ -126,7 +126,7 @@ def officehome(
 
     Venkateswara et al., "Deep Hashing Network for Unsupervised Domain Adaptation", CVPR 2017. ``root`` is, or holds as
     ``OfficeHome/`` (or ``OfficeHomeDataset_10072016/``), the folders ``Art/Alarm_Clock/*.jpg`` and ``Real World/...``.
-    Classes are counted in the order of their folders' names. Settings and errors as for ``domainnet-126``: see
+    Classes are numbered in the order of their folders' names. Settings and errors as for ``domainnet-126``: see
     :func:`domainnet_126`.
     """
     return _domains(OFFICEHOME, root, domains, None, samples, by_class, Geometry(resize, crop, squash))

@@ -1,9 +1,9 @@
-"""Domains: the conditions of a target stream, and where their images come from."""
+"""Domains: the conditions of a target stream, and the sources of their images."""
 
 import math
 import mmap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,8 +13,6 @@ from torch.utils.data import Dataset, TensorDataset
 from tta import fingerprint
 from tta.datasets.corruptions import constants, corrupt
 
-UNKNOWN = -1  # the label of a class that the source model does not know; left out of the errors
-
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1]; floating-point images as they are."""
@@ -22,12 +20,12 @@ def to_float(images: Tensor) -> Tensor:
 
 
 class Classes(NamedTuple):
-    """What the labels of a domain count, where a model of another number of classes would be scored wrongly.
+    """The classes of a domain, known where a model with another number of classes would be scored wrongly.
 
     Attributes:
-        count: logits that the source model gives, one for each label.
-        logits: which outputs of a model of more classes they are, in order; None where they are all of its outputs.
-        of: outputs of that model.
+        count: number of logits that the source model gives, one for each label.
+        logits: the outputs of a larger model that these classes are, in order; None if they are all of its outputs.
+        of: number of outputs of that larger model.
     """
 
     count: int  # type: ignore[assignment]  # tuple.count is of no use here
@@ -38,10 +36,8 @@ class Classes(NamedTuple):
 class Domain(Protocol):
     """One condition of the target stream. Its labels are known without decoding an image: orders need them.
 
-    A domain whose images are made from others may also have ``stored(positions)`` and ``finish(stored, index)``: what
-    there is before the making, and the making itself, which then runs on the device of the adapter. One that has a
-    ``severity`` also has ``at(severity)``, the same images at another, ``clean()``, the same images undamaged, and
-    ``recipe``, that of its corruption. One that knows its :class:`Classes` has them as ``classes``.
+    Any object with these attributes and methods is a domain. It may also have those of :class:`Generated`,
+    :class:`Corrupted` and :class:`Classified`.
     """
 
     name: str
@@ -58,8 +54,44 @@ class Domain(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class Generated(Protocol):
+    """The part of a domain that makes its images from stored ones, on the device of the adapter."""
+
+    def stored(self, positions: Tensor) -> Tensor:
+        """The images at these positions that :meth:`finish` starts from."""
+
+    def finish(self, stored: Tensor, index: Tensor) -> Tensor:
+        """The domain's images, made from stored ones with these image numbers."""
+
+
+@runtime_checkable
+class Corrupted(Protocol):
+    """The part of a domain that knows how its images were corrupted."""
+
+    @property
+    def severity(self) -> float: ...
+
+    @property
+    def recipe(self) -> str: ...
+
+    def at(self, severity: int) -> Domain:
+        """The same images under the same corruption at another severity."""
+
+    def clean(self) -> Domain:
+        """The same images without the corruption."""
+
+
+@runtime_checkable
+class Classified(Protocol):
+    """The part of a domain that knows its classes; None where it does not know them after all."""
+
+    @property
+    def classes(self) -> Classes | None: ...
+
+
 class CorruptedImages:
-    """A domain made by corrupting clean images when they are asked for, and kept in memory once made.
+    """A domain made by corrupting clean images on first use; corrupted images stay in memory.
 
     Args:
         name: of the domain; also the corruption's name.
@@ -70,7 +102,7 @@ class CorruptedImages:
         seed: of the draws.
         recipe: whose constants, see :func:`tta.datasets.corrupt`.
         origin: where the clean images come from, in words.
-        classes: what the labels count, where known.
+        classes: of the labels, if known.
 
     Raises:
         ValueError: an unknown corruption, severity or recipe.
@@ -89,7 +121,7 @@ class CorruptedImages:
         origin: str = "clean images",
         classes: Classes | None = None,
     ) -> None:
-        constants(name, severity, recipe)  # refuses what there is not, now and not at the first image
+        constants(name, severity, recipe)  # raises on unknown settings now, not at the first image
         self.name = name
         self.classes = classes
         self.labels = labels
@@ -100,7 +132,7 @@ class CorruptedImages:
         self._clean = clean
         self._clean_origin = origin
         self._settings: dict[str, Any] = {"severity": severity, "seed": seed, "recipe": recipe}
-        self._kept: tuple[Tensor, Tensor] | None = None  # images, and which of them are made
+        self._kept: tuple[Tensor, Tensor] | None = None  # images, and for each whether it is made
 
     def images(self, positions: Tensor) -> Tensor:
         """Corrupted images at these positions, uint8."""
@@ -114,11 +146,11 @@ class CorruptedImages:
         return images.index_select(0, positions)
 
     def stored(self, positions: Tensor) -> Tensor:
-        """Clean images at these positions, uint8: what :meth:`finish` starts from."""
+        """Clean images at these positions, uint8; :meth:`finish` starts from them."""
         return self._clean[positions]
 
     def finish(self, stored: Tensor, index: Tensor) -> Tensor:
-        """Corrupt stored images of these numbers, on whichever device they are; keeps nothing."""
+        """Corrupt stored images with these image numbers on the device that holds them; keeps nothing."""
         return corrupt(stored, self.name, index=index, **self._settings)
 
     def at(self, severity: float) -> "CorruptedImages":
@@ -139,7 +171,7 @@ class CorruptedImages:
         return CleanImages(self._clean, self.labels, self.index, origin=self._clean_origin)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images: how they were made, from which bytes."""
+        """The manifest entry: how the images were made, and a hash of the bytes they were made from."""
         return {
             "origin": self.origin,
             "generated": dict(self._settings),
@@ -148,14 +180,14 @@ class CorruptedImages:
 
 
 class CleanImages:
-    """The source domain: images as they were before anything was done to them.
+    """The source domain: uncorrupted images.
 
     Args:
         images: (n, 3, height, width), uint8.
         labels: (n,), int64.
         index: (n,), int64, image numbers.
         origin: where they come from, in words.
-        classes: what the labels count, where known.
+        classes: of the labels, if known.
     """
 
     name = "clean"
@@ -174,18 +206,21 @@ class CleanImages:
         return self._images[positions]
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images: where they come from and a hash over their bytes."""
+        """The manifest entry: where the images come from and a hash over their bytes."""
         content = fingerprint.of_tensors([("images", self._images), ("labels", self.labels)])
         return {"origin": self.origin, "content": content}
 
 
 class Renamed:
-    """A domain under another name; in all else the domain itself."""
+    """A domain under another name. :func:`original` gives the domain itself, with the optional parts it may have."""
 
     def __init__(self, domain: Domain, name: str) -> None:
         self.domain = domain
         self.name = name
         self.origin = domain.origin
+        self.classes = classes_in(domain)
+        corrupted = original(domain)
+        self.severity = corrupted.severity if isinstance(corrupted, Corrupted) else None
 
     @property
     def labels(self) -> Tensor:
@@ -201,27 +236,36 @@ class Renamed:
     def describe(self) -> dict[str, Any]:
         return self.domain.describe()
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "domain":  # not there yet while a copy or a worker process rebuilds the object
-            raise AttributeError(name)
-        return getattr(self.domain, name)  # what a domain may have: stored, finish, severity, at, clean
-
 
 class Visit(Renamed):
-    """A domain that comes again: the same images, errors of their own. ``fog@2`` is the second visit of ``fog``."""
+    """A domain that comes again: same images, its own row of errors. ``fog@2`` is the second visit of ``fog``."""
 
     def __init__(self, domain: Domain, number: int) -> None:
         super().__init__(domain, f"{domain.name}@{number}")
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images: that they are the first visit's."""
+        """The manifest entry: the first visit, whose images these are."""
         return {"same_images_as": self.domain.name}
 
 
-def gather(count: int, parts: Iterable[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]]) -> Tensor:
-    """One batch of ``count`` images from several places: (which places in the batch, how to read, what to read) each.
+def original(domain: Domain) -> Domain:
+    """The domain itself, without the names that :class:`Renamed` gave it."""
+    return original(domain.domain) if isinstance(domain, Renamed) else domain
 
-    Images that differ in kind (uint8 here, floating point there) all become floating point.
+
+def classes_in(domain: Domain) -> Classes | None:
+    """The classes of a domain, None if it does not know them."""
+    return domain.classes if isinstance(domain, Classified) else None
+
+
+def gather(count: int, parts: Iterable[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]]) -> Tensor:
+    """One batch of ``count`` images from several domains.
+
+    If some are uint8 and others floating point, all become floating point.
+
+    Args:
+        count: images in the batch.
+        parts: for each domain: a mask of its places in the batch, a function that reads images, and its argument.
 
     Raises:
         ValueError: images of different sizes.
@@ -239,7 +283,7 @@ def gather(count: int, parts: Iterable[tuple[Tensor, Callable[[Tensor], Tensor],
 
 
 def shared_empty(shape: Sequence[int]) -> Tensor:
-    """Zeros, uint8, in memory that worker processes forked later share: what one of them writes, all see."""
+    """Zeros, uint8, in memory shared with worker processes forked later: all see what one of them writes."""
     return torch.frombuffer(mmap.mmap(-1, max(1, math.prod(shape))), dtype=torch.uint8)[: math.prod(shape)].view(shape)
 
 
@@ -247,8 +291,8 @@ class DatasetImages:
     """A user's own dataset as a domain: anything indexable that gives ``(image, label)``.
 
     Images may be PIL images or tensors (3, height, width), uint8 or floating point in [0, 1]. Labels are read from an
-    attribute ``targets`` or ``labels`` where the dataset has one, else from the samples, once. A ``TensorDataset`` is
-    read batch by batch, and without a copy where the positions follow one another.
+    attribute ``targets`` or ``labels`` if the dataset has one, else from the samples, once. A ``TensorDataset`` is read
+    batch by batch, and without a copy if the positions are consecutive.
 
     Args:
         name: of the domain.
@@ -281,14 +325,14 @@ class DatasetImages:
     def images(self, positions: Tensor) -> Tensor:
         """Images at these positions, stacked."""
         if isinstance(self.dataset, TensorDataset) and len(positions):
-            self._image(int(positions[0]))  # refuses what is no image
+            self._image(int(positions[0]))  # raises if it is not an image
             images, first = self.dataset.tensors[0], int(positions[0])
             run = torch.equal(positions, torch.arange(first, first + len(positions)))
             return images[first : first + len(positions)] if run else images[positions]
         return torch.stack([self._image(int(i)) for i in positions])
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images: the dataset's class and a hash over all it gives."""
+        """The manifest entry: the dataset's class and a hash over all images and labels."""
         every = ((str(i), self._image(i)) for i in range(len(self.dataset)))
         content = fingerprint.of_tensors((*every, ("labels", self.labels)))
         return {"origin": self.origin, "content": content}

@@ -1,6 +1,6 @@
-"""Published archives: fetched once, resumed where a connection broke, checked, and unpacked into the data folder.
+"""Published archives: downloaded once, resumed after a broken connection, checked, and unpacked into the data folder.
 
-The archives, their addresses and their checksums stand in ``configs/download.yaml``.
+The archives, their addresses and their checksums are in ``configs/download.yaml``.
 """
 
 import difflib
@@ -24,14 +24,14 @@ import yaml
 from tta.paths import data_root
 
 CHUNK = 2**18
-ATTEMPTS = 5  # in a row that bring nothing new
+ATTEMPTS = 5  # consecutive ones without new bytes
 TIMEOUT = 60.0  # seconds without a byte
-PAUSE = 1.0  # seconds before another attempt, doubled with each that brought nothing
-Progress = Callable[[str, int, "int | None"], None]  # what is done, how much of it, of how much
+PAUSE = 1.0  # seconds before another attempt, doubled after each attempt without new bytes
+Progress = Callable[[str, int, "int | None"], None]  # current action, bytes done, bytes in total
 
 
 class DownloadError(RuntimeError):
-    """The server did not give the file; trying again later may help, and resumes."""
+    """The server did not deliver the file; calling again later resumes the download."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class File:
     """One published file.
 
     Attributes:
-        url: where it lies.
-        into: folder under the data folder where it belongs, unpacked if it is an archive.
-        part: the name to choose it by, where a data set has several.
-        size: bytes, where known.
-        hash: ``sha256:...`` or ``md5:...``; None where nobody published one.
-        hash_from: who published it.
+        url: its address.
+        into: folder under the data folder for it, or for its content if it is an archive.
+        part: the part of the data set that it belongs to, if there are several.
+        size: bytes, if known.
+        hash: ``sha256:...`` or ``md5:...``; None if no checksum is published.
+        hash_from: publisher of the checksum.
     """
 
     url: str
@@ -65,13 +65,13 @@ class File:
 
 @dataclass(frozen=True)
 class Archive:
-    """A data set as it is published.
+    """A published data set.
 
     Attributes:
-        about: what it is, in a line.
-        page: where it is described.
-        files: all of them.
-        default: the parts that are fetched when none is named; empty: all.
+        about: one-line description.
+        page: address of its description.
+        files: all files.
+        default: the parts that are downloaded by default; empty: all.
     """
 
     about: str
@@ -85,7 +85,7 @@ class Archive:
 
 
 def archives() -> dict[str, Archive]:
-    """What can be downloaded, by name."""
+    """The data sets that can be downloaded, by name."""
     text = (resources.files("tta.configs") / "download.yaml").read_text(encoding="utf-8")
     return {name: _archive(**entry) for name, entry in yaml.safe_load(text).items()}
 
@@ -103,26 +103,26 @@ def download(
     keep: bool = False,
     progress: Progress | None = None,
 ) -> list[tuple[Path, str]]:
-    """Fetch a published data set and unpack it where its stream looks for it.
+    """Download a published data set and unpack it where its stream looks for it.
 
-    What is there already is not fetched again, and what was cut off is resumed, also by a later call.
+    Existing files are not downloaded again, and an interrupted download is resumed, also by a later call.
 
     Args:
         name: one of :func:`archives`.
-        parts: which of its parts; all, or its usual ones, if none is named.
-        root: the data folder; left out: ``TTA_DATA``, else ``data`` where there is one, else a cache folder.
-        trust: take a file that has no published checksum as it comes.
-        keep: the archives, after they were unpacked.
-        progress: called with what is being done, how many bytes of it, and of how many (None: not known).
+        parts: names of its parts; default: its default parts, or all.
+        root: the data folder; default: ``TTA_DATA``, else ``data`` if it exists, else a cache folder.
+        trust: accept a file without a published checksum.
+        keep: keep the archives after unpacking.
+        progress: called with the current action, the bytes done, and the bytes in total (None: not known).
 
     Returns:
-        The folders or files that were asked for, each with the checksum of the published file.
+        The requested folders or files, each with the checksum of the published file.
 
     Raises:
-        ValueError: an unknown name or part (the nearest is offered), a file without checksum and no ``trust``, a file
-            whose checksum is wrong, or an archive that would write outside its folder.
-        OSError: not enough room on the disk.
-        DownloadError: the server answered with an error, a web page, or not at all.
+        ValueError: an unknown name or part (the message suggests the nearest), a file without checksum and no ``trust``, a
+            file with a wrong checksum, or an archive that would write outside its folder.
+        OSError: not enough disk space.
+        DownloadError: the server answered with an error, with a web page, or not at all.
     """
     known = archives()
     if name not in known:
@@ -150,7 +150,7 @@ def _unknown(what: str, given: str, known: Mapping[str, Any] | list[str]) -> str
 
 
 def _fetch(name: str, file: File, root: Path, keep: bool, progress: Progress) -> tuple[Path, str]:
-    """One file: fetched unless it is there, checked, unpacked. A note beside it says that it was, and its checksum."""
+    """Download one file if it is missing, check and unpack it; a note beside it records its checksum."""
     place = root / file.into
     note = root / ".downloads" / f"{name}_{file.name}.done"
     target = place if file.packed else place / file.name
@@ -175,14 +175,14 @@ def _fetch(name: str, file: File, root: Path, keep: bool, progress: Progress) ->
 
 
 def _checked(file: File, to: Path, progress: Progress) -> Path:
-    """The file at ``to``, fetched and with the right checksum."""
+    """Download the file to ``to`` and check its checksum."""
     pooch.get_logger().setLevel("WARNING")
 
     def resumed(url: str, temporary: str, _: Any) -> None:
         part = to.with_name(f"{to.name}.part")
         fetch(url, part, file.size, progress)
         progress(f"checking {file.name}", 0, None)
-        os.replace(part, temporary)  # pooch takes it from here, and throws it away if its checksum is wrong
+        os.replace(part, temporary)  # pooch checks the temporary file, and deletes it if its checksum is wrong
 
     try:
         return Path(pooch.retrieve(file.url, file.hash, fname=to.name, path=to.parent, downloader=resumed))
@@ -194,44 +194,54 @@ def _checked(file: File, to: Path, progress: Progress) -> Path:
 
 
 def fetch(url: str, to: Path, size: int | None, progress: Progress) -> None:
-    """Fetch ``url`` into ``to``, going on behind the bytes that are there, also after a connection broke.
+    """Download ``url`` into ``to``, continuing after the bytes that are there, also after a broken connection.
 
     Raises:
-        DownloadError: an error page, a web page, or too many attempts that brought nothing.
+        DownloadError: an error page, a web page, or too many attempts without new bytes.
     """
-    name, failures = url.rpartition("/")[2], 0
+    failures = 0
     while failures < ATTEMPTS:
-        before = to.stat().st_size if to.exists() else 0
+        before = _bytes_in(to)
         if size is not None and before > size:
             to.unlink()
             before = 0
         if size is not None and before == size:
             return
-        reason = "the connection ended early"
-        try:
-            if _attempt(url, to, before, size, lambda done, total: progress(name, done, total)):
-                return
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 416, 429):
-                raise DownloadError(f"{url} answered {error.code} {error.reason}.") from None
-            if error.code == 416:  # nothing lies behind what is there: it is of another file
-                to.unlink(missing_ok=True)
-            reason = f"{error.code} {error.reason}"
-        except (OSError, HTTPException) as error:
-            reason = str(error) or type(error).__name__
-        if to.exists() and to.stat().st_size > before:
+        reason = _failure(url, to, before, size, progress)
+        if reason is None:
+            return
+        if _bytes_in(to) > before:
             failures = 0
             continue
         failures += 1
         if failures < ATTEMPTS:
             time.sleep(PAUSE * 2 ** (failures - 1))
-    there = to.stat().st_size if to.exists() else 0
     of = f" of {size}" if size else ""
-    raise DownloadError(f"{url}: {reason}. {there}{of} bytes are there; call again to go on from them.")
+    raise DownloadError(f"{url}: {reason}. {_bytes_in(to)}{of} bytes are there; call again to go on from them.")
+
+
+def _bytes_in(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _failure(url: str, to: Path, start: int, size: int | None, progress: Progress) -> str | None:
+    """Make one attempt; None if the file is complete now, else the reason why not. Raises if another would not help."""
+    name = url.rpartition("/")[2]
+    try:
+        complete = _attempt(url, to, start, size, lambda done, total: progress(name, done, total))
+        return None if complete else "the connection ended early"
+    except urllib.error.HTTPError as error:
+        if error.code < 500 and error.code not in (408, 416, 429):
+            raise DownloadError(f"{url} answered {error.code} {error.reason}.") from None
+        if error.code == 416:  # the server has no bytes after ours: they are of another file
+            to.unlink(missing_ok=True)
+        return f"{error.code} {error.reason}"
+    except (OSError, HTTPException) as error:
+        return str(error) or type(error).__name__
 
 
 def _attempt(url: str, to: Path, start: int, size: int | None, progress: Callable[[int, int | None], None]) -> bool:
-    """One request, from byte ``start`` on; whether the file is whole now."""
+    """One request, from byte ``start`` on; returns whether the file is complete now."""
     request = urllib.request.Request(url, headers={"User-Agent": "tta-toolkit", "Accept-Encoding": "identity"})
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -264,10 +274,10 @@ def _is_page(kind: str, start: bytes) -> bool:
 
 
 def unpack(archive: Path, into: Path) -> None:
-    """Unpack a tar or zip file; nothing is written outside of ``into``.
+    """Unpack a tar or zip file; nothing is written outside ``into``.
 
     Raises:
-        ValueError: it cannot be read, or a member would land outside, or is no plain file or folder.
+        ValueError: it cannot be read, or a member would be written outside, or is not a plain file or folder.
     """
     if not hasattr(tarfile, "data_filter"):
         raise ValueError("Unpacking safely needs Python 3.10.12, 3.11.4 or later.")

@@ -1,4 +1,4 @@
-"""Image files as domains: listed as arrays, decoded when they are asked for, uint8 until they are on the device."""
+"""Image files as domains: listed as arrays, decoded on access, uint8 until they are on the device."""
 
 import hashlib
 import json
@@ -21,26 +21,24 @@ from torchvision.transforms import functional as F
 
 from tta import fingerprint
 from tta.datasets.corruptions import constants, corrupt
-from tta.datasets.domains import UNKNOWN, Classes
+from tta.datasets.domains import Classes
 from tta.datasets.geometry import Geometry
+from tta.labels import UNKNOWN
 from tta.paths import data_root
 
-HASHED = (
-    200  # files of a domain whose every byte the manifest's hash covers, evenly spread; of the others name and size
-)
-
-ON_ERROR = ("raise", "skip")  # what becomes of files that cannot be decoded
+HASHED = 200  # evenly spread files of a domain that the manifest hashes whole; of the others it hashes name and size
+ON_ERROR = ("raise", "skip")  # for files that cannot be decoded
 MANIFEST = "tta-corrupt.json"  # in a folder that `tta corrupt` wrote
 
 
 @dataclass(frozen=True, eq=False)
 class FileList:
-    """Files below some folder with their labels: arrays, so that a million of them is a few MB that workers share.
+    """Files below a folder with their labels, as arrays: workers share them, and a million files take only a few MB.
 
     Args:
-        names: (n,), bytes: paths below the folder, parts joined by ``/``.
+        names: (n,), bytes: paths below the folder, with ``/`` as separator.
         labels: (n,), int64.
-        index: (n,), int64, image numbers: places in the sorted list of all files.
+        index: (n,), int64, image numbers: positions in the sorted list of all files.
     """
 
     names: NDArray[np.bytes_]
@@ -55,14 +53,14 @@ class FileList:
         return FileList(names, self.labels[chosen], self.index[chosen])
 
     def shuffled(self) -> "FileList":
-        """Always in the same other order: one that goes class by class would ruin batch statistics."""
+        """The files in a fixed random order: an order class by class would ruin batch statistics."""
         return self[torch.from_numpy(np.random.RandomState(0).permutation(len(self)))]
 
     def first(self, samples: int | None) -> "FileList":
-        """Only the first so many.
+        """The first ``samples`` files; all if None.
 
         Raises:
-            ValueError: fewer than one, or more than there are.
+            ValueError: ``samples`` is below one, or above the number of files.
         """
         if samples is not None and not 1 <= samples <= len(self):
             raise ValueError(f"samples is between 1 and {len(self)}, the images there are; got {samples}.")
@@ -70,21 +68,21 @@ class FileList:
 
 
 def data_folder(root: str | Path | None) -> Path:
-    """``root``; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``."""
+    """``root``; by default the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``."""
     return Path(root) if root is not None else data_root()
 
 
 def find_folder(root: str | Path | None, names: Sequence[str], fits: Callable[[Path], bool], how: str) -> Path:
-    """The first of ``root/NAME`` and ``root`` itself that fits.
+    """The first folder among ``root/NAME`` for each name and ``root`` itself that has the expected content.
 
     Args:
-        root: left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        root: default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         names: of the published folder.
-        fits: tells the folder from another one.
-        how: what was looked for in it and how to get it, for the error.
+        fits: whether a folder has the expected content.
+        how: for the error message: the expected content and how to get it.
 
     Raises:
-        FileNotFoundError: none fits.
+        FileNotFoundError: there is no such folder.
     """
     folder = data_folder(root)
     for place in (*(folder / name for name in names), folder):
@@ -98,20 +96,26 @@ def find_folder(root: str | Path | None, names: Sequence[str], fits: Callable[[P
 
 
 def read_from(folder: Path) -> str:
-    """Where images come from, in words: published files, or a copy made by ``tta corrupt``, as its manifest tells."""
+    """Description of a folder's images: published files, or a copy made by ``tta corrupt`` according to its manifest."""
     if not (folder / MANIFEST).is_file():
         return f"read from {folder}"
-    note = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    how = note["how"]
-    incomplete = "" if note["complete"] else ", not complete"
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    how = manifest["how"]
+    incomplete = "" if manifest["complete"] else ", not complete"
     return (
         f"read from {folder}, generated by the {how['recipe']} recipe, seed {how['seed']}, saved as {how['format']} "
-        f"({note['made_by']}{incomplete})"
+        f"({manifest['made_by']}{incomplete})"
     )
 
 
+def check_on_error(on_error: str) -> None:
+    """Raise a ValueError unless ``on_error`` is one of ``ON_ERROR``."""
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_error is {' or '.join(map(repr, ON_ERROR))}; got {on_error!r}.")
+
+
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones are none.
+    """Names of the folders in a folder, sorted, without hidden ones.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -123,16 +127,16 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path, classes: Sequence[str], labels: Sequence[int] | None = None) -> FileList:
-    """All image files in the class folders of a folder, class by class, sorted; deeper folders are looked into.
+    """All image files in the class folders of a folder, class by class, sorted; deeper folders are searched too.
 
     Args:
-        folder: holds a folder a class.
-        classes: their names, in order.
-        labels: of the classes; left out, 0, 1, ...
+        folder: holds one folder per class.
+        classes: names of the folders, in order.
+        labels: of the classes; default: 0, 1, ...
 
     Raises:
-        FileNotFoundError: a class folder is missing or without images.
-        ValueError: a folder of no class.
+        FileNotFoundError: a class folder without images.
+        ValueError: a missing class folder, or a folder that is not a class.
     """
     check_classes(folder, subfolders(folder), classes)
     names: list[bytes] = []
@@ -151,7 +155,7 @@ def list_flat(folder: Path) -> FileList:
     """All image files below a folder, sorted, of unknown class.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there are no images.
     """
     names = np.array([os.fsencode(name) for name in _files(folder)])
     if not len(names):
@@ -160,11 +164,11 @@ def list_flat(folder: Path) -> FileList:
 
 
 def read_list(file: Path, number: Callable[[str], int]) -> FileList:
-    """The images that a text file names, a path and maybe more in each line, in its order.
+    """The images listed in a text file, in its order; each line begins with a path.
 
     Args:
-        file: the list. Its line ends do not matter.
-        number: the label of a line's words.
+        file: the list, with any line endings.
+        number: gives the label of a line.
 
     Raises:
         FileNotFoundError: there is no such list.
@@ -187,7 +191,7 @@ def read_list(file: Path, number: Callable[[str], int]) -> FileList:
 
 
 def check_classes(folder: Path, found: Sequence[str], expected: Sequence[str]) -> None:
-    """Raise a ValueError unless the folder has these classes; what is missing and what is too much gets named."""
+    """Raise a ValueError unless a folder has exactly these classes; the message lists missing and unknown ones."""
     if list(found) == sorted(expected):
         return
     missing = sorted(set(expected) - set(found))
@@ -200,7 +204,7 @@ def check_classes(folder: Path, found: Sequence[str], expected: Sequence[str]) -
 
 
 def check_exist(folder: Path, files: FileList) -> None:
-    """Raise a FileNotFoundError unless all files are there."""
+    """Raise a FileNotFoundError unless all files exist."""
     missing = [name for name in files.names.tolist() if not os.path.exists(os.path.join(os.fsencode(folder), name))]
     if missing:
         raise FileNotFoundError(
@@ -209,7 +213,7 @@ def check_exist(folder: Path, files: FileList) -> None:
 
 
 def _files(folder: Path) -> Iterable[str]:
-    """Image files below a folder as paths below it, in the order of torchvision's ``ImageFolder``."""
+    """Paths of the image files below a folder, relative to it, in the order of torchvision's ``ImageFolder``."""
     for place, _, names in sorted(os.walk(folder, followlinks=True)):
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
         for name in sorted(names):
@@ -218,23 +222,23 @@ def _files(folder: Path) -> Iterable[str]:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more."""
+    """The first five names and the number of further ones, for messages."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
 
 
 class FileImages:
     """Image files as a domain.
 
-    Decoded by Pillow, as the published pipelines do: torchvision's own decoders are deprecated since 0.29, were no faster
-    (3.7 ms against 3.4 for a JPEG of 500 x 375 pixels, decoded, resized and cropped on one core), and resizing of tensors
-    differs from resizing of pictures by a grey level here and there (16 % of the values).
+    Pillow decodes them, as in the published pipelines: torchvision's own decoders are deprecated since 0.29, were no faster
+    (3.7 ms against 3.4 for a JPEG of 500 x 375 pixels, decoded, resized and cropped on one core), and resizing tensors
+    instead of pictures changes 16 % of the values by a grey level.
 
     Args:
         name: of the domain.
-        folder: the paths of ``files`` are below it.
-        files: which, their labels and numbers.
-        geometry: how a picture becomes an image, uint8 (3, height, width).
-        classes: what the labels count.
+        folder: the paths of ``files`` are relative to it.
+        files: names, labels and image numbers.
+        geometry: turns a picture into an image, uint8 (3, height, width).
+        classes: of the labels.
         origin: where the images come from, in words.
     """
 
@@ -254,7 +258,7 @@ class FileImages:
         self.geometry = geometry
         self.classes = classes
         self.origin = origin or f"read from {folder}"
-        self.skipped: list[str] = []  # files that cannot be used
+        self.skipped: list[str] = []  # files that cannot be decoded
 
     @property
     def labels(self) -> Tensor:
@@ -265,15 +269,15 @@ class FileImages:
         return self.files.index
 
     def path(self, position: int) -> Path:
-        """Of the image at a position."""
+        """The file of the image at a position."""
         return self.folder / os.fsdecode(self.files.names[position])
 
     def images(self, positions: Tensor) -> Tensor:
         """Images at these positions, uint8 (n, 3, height, width).
 
         Raises:
-            ValueError: a file that cannot be decoded, or images of different sizes; they are named.
-            FileNotFoundError: a file is gone.
+            ValueError: a file that cannot be decoded, or images of different sizes; the message names them.
+            FileNotFoundError: a file does not exist any more.
         """
         images = [self._image(position) for position in positions.tolist()]
         for position, image in zip(positions.tolist(), images, strict=True):
@@ -286,7 +290,7 @@ class FileImages:
         return torch.stack(images)
 
     def without_unreadable(self) -> "FileImages":
-        """The same domain without the files that cannot be decoded; decodes each once to know them, and warns."""
+        """The same domain without files that cannot be decoded; decodes every file once, and warns of skipped ones."""
         with ThreadPoolExecutor() as pool:
             good = torch.tensor(list(pool.map(self._readable, range(len(self.files)))))
         if bool(good.all()):
@@ -304,10 +308,10 @@ class FileImages:
         return kept
 
     def warn_of_enlarging(self) -> None:
-        """Warn where the first picture has the size of the crop already and would be enlarged, to be cropped once more."""
+        """Warn if the first picture already has the size of the crop and would be enlarged and cropped again."""
         try:
             picture = F.pil_to_tensor(pil_loader(self.path(0)))
-        except (OSError, SyntaxError, ValueError):  # it is named when its turn comes
+        except (OSError, SyntaxError, ValueError):  # reading the image later raises an error that names it
             return
         if isinstance(self.geometry, Geometry) and self.geometry.enlarges_a_crop(picture):
             crop, resize = self.geometry.crop, self.geometry.resize
@@ -318,7 +322,7 @@ class FileImages:
             )
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images: where they lie, a hash and what it covers, what was done to them."""
+        """The manifest entry: origin of the images, a hash and what it covers, their geometry, and skipped files."""
         return {
             "origin": self.origin,
             "content": self._content,
@@ -329,7 +333,9 @@ class FileImages:
 
     @property
     def _spread(self) -> list[int]:
-        return np.unique(np.linspace(0, len(self.files) - 1, min(HASHED, len(self.files))).astype(int)).tolist()
+        last = len(self.files) - 1
+        spread: list[int] = np.unique(np.linspace(0, last, min(HASHED, last + 1)).astype(int)).tolist()
+        return spread
 
     @cached_property
     def _content(self) -> str:
@@ -362,7 +368,7 @@ class FileImages:
 
 
 class FilesDataset(Dataset[Any]):
-    """Image files as a dataset of (image, label), or of images alone where no class is known.
+    """Image files as a dataset of (image, label), or of images only if no class is known.
 
     Args:
         domain: gives the images, all of one size.
@@ -381,13 +387,13 @@ class FilesDataset(Dataset[Any]):
 
 
 class CorruptedFiles:
-    """A domain made by corrupting image files when they are asked for. Nothing is kept: `tta corrupt` writes it to disk.
+    """A domain made by corrupting image files on each access; nothing is kept. ``tta corrupt`` writes it to disk.
 
     Args:
         name: of the domain; also the corruption's name.
-        source: gives the images before; shared by the domains of a stream.
+        source: gives the clean images; shared by the domains of a stream.
         severity: 1 to 5.
-        seed: of the draws, which are those of the image numbers.
+        seed: of the draws, together with the image numbers.
         recipe: whose constants, see :func:`tta.datasets.corrupt`.
 
     Raises:
@@ -417,11 +423,11 @@ class CorruptedFiles:
         return self.finish(self.stored(positions), self.index[positions])
 
     def stored(self, positions: Tensor) -> Tensor:
-        """Images at these positions resized and cropped, uint8: what :meth:`finish` starts from."""
+        """Resized and cropped images at these positions, uint8; :meth:`finish` starts from them."""
         return self._source.images(positions)
 
     def finish(self, stored: Tensor, index: Tensor) -> Tensor:
-        """Corrupt stored images of these numbers, on whichever device they are."""
+        """Corrupt stored images with these image numbers on the device that holds them."""
         return corrupt(stored, self.name, index=index, **self._settings)
 
     def at(self, severity: int) -> "CorruptedFiles":
@@ -433,5 +439,5 @@ class CorruptedFiles:
         return self._source
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images: how they were made, from which files."""
+        """The manifest entry: how the images were made, and from which files."""
         return {**self._source.describe(), "origin": self.origin, "generated": dict(self._settings)}

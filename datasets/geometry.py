@@ -1,4 +1,4 @@
-"""How a picture of any size becomes an image of the model's: resized, cropped, uint8."""
+"""Resizing and cropping of pictures to the input size of a model, as uint8."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ INTERPOLATIONS = [mode.value for mode in InterpolationMode]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a picture of any size becomes an image of the model's: resized as the published recipes do, then cropped.
+    """Turns a picture of any size into an input image: resized like the published recipes, then cropped.
 
     Hendrycks & Dietterich, ICLR 2019, made ImageNet-C with ``Geometry(256, 224)``.
 
     Args:
-        resize: pixels of the shorter side; None leaves the picture as it is.
-        crop: side of the square taken from the middle; None takes all.
-        squash: both sides become ``resize`` pixels, whatever the picture's proportions.
+        resize: pixels of the shorter side; None does not resize.
+        crop: side of the square in the middle; None does not crop.
+        squash: resize both sides to ``resize`` pixels, whatever the picture's proportions.
         interpolation: of the resizing: ``"bilinear"``, ``"bicubic"`` or another of torchvision's.
 
     Raises:
-        ValueError: sizes that are no positive whole numbers, a crop larger than what is left after resizing, or an unknown
+        ValueError: sizes that are not positive whole numbers, a crop larger than the resized picture, or an unknown
             interpolation.
     """
 
@@ -54,10 +54,10 @@ class Geometry:
             if min(picture.size) < self.crop:
                 raise ValueError(f"it has {picture.size[0]} x {picture.size[1]} pixels, crop={self.crop} needs more")
             picture = F.center_crop(picture, [self.crop])
-        return F.pil_to_tensor(picture)
+        return _tensor(picture)
 
     def enlarges_a_crop(self, image: Tensor) -> bool:
-        """Whether a picture has the size of the crop already and would be enlarged, to be cropped once more."""
+        """Whether a picture already has the size of the crop, and would be enlarged and cropped again."""
         sides = image.shape[1:]
         return self.resize is not None and self.resize > min(sides) and all(side == self.crop for side in sides)
 
@@ -69,19 +69,24 @@ class Geometry:
 
 
 def fitted(picture: Any, preprocessing: Mapping[str, Any]) -> Tensor:
-    """A PIL picture as a model's weights expect it, uint8 (3, height, width); one of their input size stays as it is.
+    """A PIL picture as a model's weights expect it, uint8 (3, height, width); unchanged if it has their input size.
 
     Args:
         picture: of any size.
-        preprocessing: as :class:`tta.models.classifier.ImageClassifier` has it: ``input_size`` (height, width; None leaves the
-            picture as it is), ``resize`` (pixels of the shorter side; None: 8/7 of the input), ``interpolation`` (None:
-            bilinear) and ``crop`` (``"squash"`` resizes both sides to the input size; all else crops the middle).
+        preprocessing: that of :class:`tta.models.classifier.ImageClassifier`: ``input_size`` (height, width; None leaves the
+            picture unchanged), ``resize`` (pixels of the shorter side; None: 8/7 of the input), ``interpolation`` (None:
+            bilinear) and ``crop`` (``"squash"`` resizes both sides to the input size; anything else crops the middle).
     """
     size = preprocessing.get("input_size")
     if size is None or [picture.height, picture.width] == list(size):
-        return F.pil_to_tensor(picture)
+        return _tensor(picture)
     how = InterpolationMode(preprocessing.get("interpolation") or "bilinear")
     if preprocessing.get("crop") == "squash":
-        return F.pil_to_tensor(F.resize(picture, list(size), interpolation=how))
+        return _tensor(F.resize(picture, list(size), interpolation=how))
     resized = F.resize(picture, [preprocessing.get("resize") or max(size) * 8 // 7], interpolation=how)
-    return F.pil_to_tensor(F.center_crop(resized, list(size)))
+    return _tensor(F.center_crop(resized, list(size)))
+
+
+def _tensor(picture: Any) -> Tensor:
+    image: Tensor = F.pil_to_tensor(picture)  # torchvision's functions are untyped
+    return image

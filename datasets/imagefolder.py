@@ -1,16 +1,16 @@
-"""``imagefolder`` and ``imagefolder-c``: a folder of your own, as it is or corrupted on the fly."""
+"""``imagefolder`` and ``imagefolder-c``: a folder of your own, unchanged or corrupted on the fly."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.domains import UNKNOWN, Classes
+from tta.datasets.domains import Classes
 from tta.datasets.files import (
-    ON_ERROR,
     CorruptedFiles,
     FileImages,
     FileList,
+    check_on_error,
     data_folder,
     list_flat,
     list_images,
@@ -19,6 +19,7 @@ from tta.datasets.files import (
 )
 from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
+from tta.labels import UNKNOWN
 
 ClassMap = str | Path | Mapping[str, int | None] | None
 
@@ -41,28 +42,28 @@ def domains(
 ) -> list[FileImages]:
     """The images of ``root/CLASS/*.jpg``, or of ``root/DOMAIN/CLASS/*.jpg`` for each of the domains named.
 
-    Pictures of any size and of every kind that torchvision's ``ImageFolder`` reads. They are shuffled, always in the
-    same way: a folder has no order but that of its classes, which would ruin batch statistics. Warns where they look
-    cropped already and would be enlarged.
+    Pictures of any size and every format that torchvision's ``ImageFolder`` reads. They are shuffled, always in the same
+    way: files are listed class by class, which would ruin batch statistics. Warns if the pictures look cropped already
+    and would be enlarged.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
-        domains: folders inside it, in order of arrival, each with the same class folders; left out, one domain.
-        labels: false: the images' classes are unknown, their folders mean nothing; nothing is scored then.
-        class_map: which output of the model each class folder is. Left out: the first folder is output 0, and so on, and
-            the model has as many. ``"imagenet"``: folders are named by WordNet ids (n01440764), outputs are those of
-            ImageNet-1k. A mapping, or a JSON file with one, from folder names to outputs; null for a class that the
-            model does not know: its images arrive, and are left out of the errors.
-        mask: with ``class_map``, the model is to answer with one of the folder's classes alone, as published for
-            ImageNet-R. False: any of its outputs may be the answer, as in deployment.
+        root: the folder; default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        domains: folders inside it, in order of arrival, each with the same class folders; default: one domain.
+        labels: false: the classes of the images are unknown and their folders are ignored; nothing is scored.
+        class_map: the output of the model for each class folder. Default: the first folder is output 0, and so on, and
+            the model has as many outputs. ``"imagenet"``: folders are named by WordNet ids (n01440764), outputs are
+            those of ImageNet-1k. A mapping, or a JSON file with one, from folder names to outputs; null for a class that
+            the model does not know: its images arrive, but do not count in the errors.
+        mask: with ``class_map``, use only the model's outputs for the folder's classes, as published for ImageNet-R.
+            False: the model may predict any of its outputs, as in deployment.
         resize: pixels of the shorter side, null to keep the size.
-        crop: side of the square taken from the middle, null for all of the picture.
+        crop: side of the square in the middle, null for the whole picture.
         squash: resize both sides to ``resize``.
         interpolation: of the resizing, ``"bilinear"`` as ImageNet-C was made, ``"bicubic"`` ... as the weights expect.
         by_class: class by class instead of shuffled.
-        samples: only the first so many images of each domain.
-        on_error: a file that cannot be decoded is an error (``"raise"``) when it comes, or is left out (``"skip"``): all
-            files are then decoded once beforehand to know them, and the manifest names them.
+        samples: number of images of each domain, the first ones; default: all.
+        on_error: a file that cannot be decoded raises an error on access (``"raise"``), or is left out (``"skip"``): then
+            all files are decoded once in advance, and the manifest lists the skipped ones.
         seed: not used; nothing is drawn.
 
     Raises:
@@ -71,8 +72,7 @@ def domains(
     """
     folder = data_folder(root)
     geometry = Geometry(resize, crop, squash, interpolation)
-    if on_error not in ON_ERROR:
-        raise ValueError(f"on_error is {' or '.join(map(repr, ON_ERROR))}; got {on_error!r}.")
+    check_on_error(on_error)
     parts = [(folder.resolve().name, folder)] if domains is None else [(name, folder / name) for name in domains]
     names = subfolders(parts[0][1]) if labels else []
     if labels and not names:
@@ -86,15 +86,22 @@ def domains(
         if not place.is_dir():
             raise FileNotFoundError(f"There is no folder '{place}'. '{folder}' holds {some(subfolders(folder))}.")
         files = list_images(place, names, numbers) if labels else list_flat(place)
-        if labels and domains is None and all(file.count(b"/") > 1 for file in files.names.tolist()):
-            raise ValueError(
-                f"The images of '{place}' lie two folders deep. If the outer ones ({some(names)}) are domains, name those "
-                f"you want: domains=[{', '.join(names[:2])}]."
-            )
-        one = FileImages(name, place, _arranged(files, by_class).first(samples), geometry, classes=classes)
+        if labels and domains is None:
+            _check_depth(place, files, names)
+        files = (files if by_class else files.shuffled()).first(samples)
+        one = FileImages(name, place, files, geometry, classes=classes)
         made.append(one.without_unreadable() if on_error == "skip" else one)
     made[0].warn_of_enlarging()
     return made
+
+
+def _check_depth(place: Path, files: FileList, names: Sequence[str]) -> None:
+    """Raise a ValueError if all images lie two folders deep: then the outer folders may be domains."""
+    if all(file.count(b"/") > 1 for file in files.names.tolist()):
+        raise ValueError(
+            f"The images of '{place}' lie two folders deep. If the outer ones ({some(names)}) are domains, name those "
+            f"you want: domains=[{', '.join(names[:2])}]."
+        )
 
 
 def corrupted(
@@ -116,12 +123,12 @@ def corrupted(
 ) -> list[CorruptedFiles]:
     """The images of ``root/CLASS/*.jpg``, once for each corruption, resized and cropped before they are corrupted.
 
-    As ImageNet-C was made (Hendrycks & Dietterich, ICLR 2019), but for two things: the draws are ours, and the published
-    images went through JPEG compression of quality 85 once more. ``tta corrupt`` writes such a copy to the disk.
+    Like ImageNet-C (Hendrycks & Dietterich, ICLR 2019), with two differences: the draws are ours, and the published images
+    were compressed once more, as JPEG of quality 85. ``tta corrupt`` writes such a copy to disk.
 
     Args:
         severity: 1 to 5.
-        corruptions: which, and in which order; those to tune on too.
+        corruptions: names in order of arrival; validation corruptions are allowed.
         recipe: ``"imagenet"``, for images of about 224 pixels, or ``"cifar"``, for about 32.
         seed: of the draws.
         root, class_map, mask, resize, crop, squash, interpolation, by_class, samples, on_error: as for ``imagefolder``.
@@ -146,10 +153,10 @@ def corrupted(
 
 
 def numbered(folders: Sequence[str], class_map: ClassMap, mask: bool) -> tuple[list[int], Classes | None]:
-    """The label of each class folder, and what the labels count; see :func:`domains`.
+    """The label of each class folder, and the classes of these labels; see :func:`domains`.
 
     Raises:
-        ValueError: a folder that the map does not name, or a map that is none.
+        ValueError: a folder that the map does not name, or an invalid map.
     """
     if class_map is None:
         return list(range(len(folders))), Classes(len(folders)) if folders else None
@@ -185,7 +192,3 @@ def _read_map(class_map: str | Path | Mapping[str, int | None]) -> Mapping[str, 
             f"class_map is 'imagenet', or maps folder names to outputs of the model (0, 1, ...) or null; got {class_map!r}."
         )
     return {str(name): output for name, output in read.items()}
-
-
-def _arranged(files: FileList, by_class: bool) -> FileList:
-    return files if by_class else files.shuffled()

@@ -24,7 +24,7 @@ from tta.datasets.files import (
 from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
 
-# Kar et al., "3D Common Corruptions and Data Augmentation", CVPR 2022; in the order in which RobustBench lists them
+# Kar et al., "3D Common Corruptions and Data Augmentation", CVPR 2022; in the order of RobustBench
 CORRUPTIONS_3D: tuple[str, ...] = (
     "near_focus",
     "far_focus",
@@ -42,14 +42,14 @@ CORRUPTIONS_3D: tuple[str, ...] = (
 
 
 class _Published(NamedTuple):
-    """One of the three trees: its folder's names, where it is from, and what is in each severity of a corruption."""
+    """One of the three data sets: names of its folder, its source, and the content of each severity of a corruption."""
 
     folders: tuple[str, ...]
     how: str
     images: int
     classes: int
-    wnids: tuple[str, ...] | None  # None: whatever the folders are called
-    clean: Geometry  # what the clean images went through before they were corrupted
+    wnids: tuple[str, ...] | None  # names of the class folders; None: any names
+    clean: Geometry  # applied to the clean images before they were corrupted
 
 
 IMAGENET_C = _Published(
@@ -95,23 +95,24 @@ def domains(
 
     Hendrycks & Dietterich, ICLR 2019, https://zenodo.org/records/2235448. ``root`` is, or holds as ``ImageNet-C/``, the
     folder of ``gaussian_noise/5/n01440764/ILSVRC2012_val_00000293.JPEG``; the folders of the archives (blur, digital, noise,
-    weather, extra) may lie between. The images have 224 x 224 pixels and are used as they are.
+    weather, extra) may lie between. The images have 224 x 224 pixels and are used unchanged.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        root: the folder; default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         severity: 1 to 5.
-        corruptions: which, and in which order.
-        image_list: a text file with the images to use, ``WNID/NAME.JPEG`` a line, in their order of arrival: the list of
-            5 000 that RobustBench, CoTTA and later work use, say. Left out: all 50 000, shuffled, always in the same way.
-        samples: only the first so many images of each domain.
-        by_class: class by class as the folders list them, instead of shuffled; without ``image_list``.
-        resize: pixels of the shorter side; CoTTA has 256, with ``crop=224``.
-        crop: side of the square taken from the middle.
+        corruptions: names in order of arrival.
+        image_list: a text file with the images to use, one ``WNID/NAME.JPEG`` per line, in order of arrival, such as the
+            list of 5 000 that RobustBench, CoTTA and later work use. Default: all 50 000, shuffled, always in the same
+            way.
+        samples: number of images of each domain, the first ones; default: all.
+        by_class: class by class as listed, instead of shuffled; without ``image_list``.
+        resize: pixels of the shorter side; CoTTA uses 256, with ``crop=224``.
+        crop: side of the square in the middle.
         clean_root: ImageNet's validation images, ``WNID/NAME.JPEG``, for protocols that need clean ones.
         seed: not used; nothing is drawn.
 
     Raises:
-        FileNotFoundError: no such data, or a part of it is missing: which, and how to get it.
+        FileNotFoundError: the data or a part of it is missing; the message says which, and how to get it.
         ValueError: other classes or another number of images than published, or a setting out of range.
     """
     return _domains(
@@ -157,23 +158,25 @@ def tiny(
     """Tiny-ImageNet-C: 10 000 images of 64 x 64 pixels and 200 classes, once for each corruption.
 
     Hendrycks & Dietterich, ICLR 2019, https://zenodo.org/records/2536630. ``root`` is, or holds as ``Tiny-ImageNet-C/``,
-    the folder of ``gaussian_noise/5/n01443537/*.JPEG``. Classes are counted in the order of their WordNet ids. Settings and
+    the folder of ``gaussian_noise/5/n01443537/*.JPEG``. Classes are numbered in the order of their WordNet ids. Settings and
     errors as for ``imagenet-c``: see :func:`domains`.
     """
     return _domains(TINY_IMAGENET_C, root, severity, corruptions, image_list, samples, by_class, Geometry(), clean_root)
 
 
 class CorruptedFolder(FileImages):
-    """One corruption at one severity of a published tree. The list of files is shared by the domains of a stream.
+    """One corruption at one severity of a published data set. The domains of a stream share the list of files.
 
     Args:
         name: of the corruption.
         home: folder of its severities.
         files: paths below ``SEVERITY/``.
         severity: 1 to 5.
-        clean: the same images without corruption, where they are at hand.
+        clean: the same images without corruption, if available.
         settings: as of :class:`~tta.datasets.files.FileImages`.
     """
+
+    recipe = "imagenet"
 
     def __init__(
         self, name: str, home: Path, files: FileList, severity: int, clean: FileImages | None = None, **settings: Any
@@ -187,7 +190,7 @@ class CorruptedFolder(FileImages):
         """The same images under the same corruption at another severity.
 
         Raises:
-            FileNotFoundError: they are not there.
+            FileNotFoundError: they are missing.
         """
         check_exist(self._home / str(severity), self.files)
         return CorruptedFolder(self.name, self._home, self.files, severity, self._clean, **self._settings)
@@ -196,7 +199,7 @@ class CorruptedFolder(FileImages):
         """The same images without the corruption.
 
         Raises:
-            FileNotFoundError: they are not there.
+            FileNotFoundError: they are missing.
         """
         if self._clean is None:
             raise FileNotFoundError(
@@ -206,7 +209,7 @@ class CorruptedFolder(FileImages):
         return self._clean
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the images; the order of arrival is hashed by itself, lists are known by it."""
+        """The manifest entry, with a separate hash of the order of arrival, by which lists are recognised."""
         order = hashlib.sha256(b"\n".join(self.files.names.tolist())).hexdigest()
         return {**super().describe(), "list": order}
 
@@ -269,14 +272,14 @@ def _present(folder: Path, corruption: str, severity: int, kind: _Published) -> 
 
 
 def _home(root: Path, corruption: str) -> Path | None:
-    """The folder of a corruption's severities: in the root, or in a folder in it, as the archives are named."""
+    """The folder of a corruption's severities: in the root, or in a folder of the root named like the archive."""
     if (root / corruption).is_dir():
         return root / corruption
     return next((root / group / corruption for group in subfolders(root) if (root / group / corruption).is_dir()), None)
 
 
 def _whole(parts: Sequence[Path], wnids: Sequence[str], kind: _Published) -> FileList:
-    """All files, listed once for all corruptions, which are checked to have the same."""
+    """All files, listed once; raises unless every corruption has the same files."""
     files = list_images(parts[0], wnids)
     if len(files) != kind.images:
         raise ValueError(

@@ -8,10 +8,10 @@ from tta.datasets.files import FileImages, check_classes, find_folder, list_imag
 from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import IMAGENET_A, IMAGENET_R, WNIDS
 
-# images of each, as published
+# published numbers of images
 A_IMAGES, R_IMAGES, V2_IMAGES, SKETCH_IMAGES = 7_500, 30_000, 10_000, 50_889
 EVERY = Classes(len(WNIDS), None, len(WNIDS))
-# What `tta source` must know of a stream without its images.
+# For `tta source`, which needs the classes of a stream without its images.
 CLASSES_OF = {
     "imagenet-a": Classes(len(IMAGENET_A), IMAGENET_A, len(WNIDS)),
     "imagenet-r": Classes(len(IMAGENET_R), IMAGENET_R, len(WNIDS)),
@@ -29,18 +29,18 @@ def imagenet_a(
     crop: int | None = 224,
     seed: int = 0,
 ) -> list[FileImages]:
-    """ImageNet-A: natural images that a ResNet-50 gets wrong, of 200 classes.
+    """ImageNet-A: natural images of 200 classes that a ResNet-50 misclassifies.
 
     Hendrycks et al., "Natural Adversarial Examples", CVPR 2021, https://github.com/hendrycks/natural-adv-examples. ``root``
-    is, or holds as ``imagenet-a/``, the 200 folders ``n01498041/*.jpg``. The model answers with one of the 200 classes:
-    its other 800 logits are left out before it adapts.
+    is, or holds as ``imagenet-a/``, the 200 folders ``n01498041/*.jpg``. The model predicts one of the 200 classes: its
+    other 800 logits are removed before it adapts.
 
     Args:
-        root: the folder; left out, the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
-        samples: only the first so many images.
-        by_class: class by class as the folders list them, instead of shuffled, always in the same way.
+        root: the folder; default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
+        samples: number of images, the first ones; default: all.
+        by_class: class by class as listed, instead of shuffled, always in the same way.
         resize: pixels of the shorter side.
-        crop: side of the square taken from the middle.
+        crop: side of the square in the middle.
         seed: not used; nothing is drawn.
 
     Raises:
@@ -99,12 +99,12 @@ def imagenet_v2(
     crop: int | None = 224,
     seed: int = 0,
 ) -> list[FileImages]:
-    """ImageNet-V2, matched frequency: a new validation set, collected as the first was.
+    """ImageNet-V2, matched frequency: a new validation set, collected like the original one.
 
     Recht et al., "Do ImageNet Classifiers Generalize to ImageNet?", ICML 2019, https://github.com/modestyachts/ImageNetV2.
     ``root`` is, or holds as ``imagenetv2-matched-frequency-format-val/``, the folders ``0`` to ``999``, each named by the
-    output of the model that it is. (Sorted as text, as ``ImageFolder`` does, they come 0, 1, 10, 100, 101 ...: code that
-    counts them so must permute the logits.) Settings and errors as for ``imagenet-a``: see :func:`imagenet_a`.
+    output of the model for its class. (``ImageFolder`` sorts them as text, 0, 1, 10, 100, 101 ...: with its labels the
+    logits must be permuted.) Settings and errors as for ``imagenet-a``: see :func:`imagenet_a`.
     """
     names = [str(number) for number in range(len(WNIDS))]
     folder = find_folder(
@@ -131,7 +131,7 @@ def _by_wnid(
     resize: int | None,
     crop: int | None,
 ) -> list[FileImages]:
-    """One domain of folders named by the WordNet ids of its classes."""
+    """One domain whose folders are named by the WordNet ids of its classes."""
     outputs = CLASSES_OF[name].logits
     wnids = WNIDS if outputs is None else [WNIDS[output] for output in outputs]
     folder = find_folder(

@@ -1,9 +1,8 @@
-"""Orders of domains and samples, and how they are drawn: what the protocols are made of."""
+"""Orders of domains and samples, and how they are drawn: the building blocks of the protocols."""
 
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from tta.datasets.domains import Domain, Visit
 from tta.datasets.stream import Schedule
 
 Positions = NDArray[np.int64]
-Planned = tuple[list[Domain], Schedule]  # rows of the results, and what arrives when
+Planned = tuple[list[Domain], Schedule]  # the rows of the results, and the order of arrival
 
 # Ten random orders of the fifteen corruptions: Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022 (CoTTA).
 ORDERS: tuple[tuple[str, ...], ...] = tuple(
@@ -35,24 +34,25 @@ contrast gaussian_noise defocus_blur zoom_blur frost glass_blur jpeg_compression
 )
 
 
-def require(condition: bool, name: str, given: Any, expected: str) -> None:
-    """Raise a ValueError that says what a parameter may be and what was given, unless the condition holds."""
+def check_parameter(condition: bool, name: str, given: object, expected: str) -> None:
+    """Raise a ValueError with the expected and the given value of a parameter, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {expected}; got {given!r}.")
 
 
-def arranged(domains: Sequence[Domain], order: int | None) -> list[Domain]:
-    """The domains in one of the ten orders, or as they are."""
+def arranged(domains: Sequence[Domain], order: int | str | None) -> list[Domain]:
+    """The domains in one of the ten orders; as given if ``order`` is None."""
     if order is None:
         return list(domains)
-    require(isinstance(order, int) and 0 <= order < len(ORDERS), "order", order, f"0 to {len(ORDERS) - 1}")
+    if not isinstance(order, int) or not 0 <= order < len(ORDERS):
+        raise ValueError(f"order is 0 to {len(ORDERS) - 1}; got {order!r}.")
     if strange := [domain.name for domain in domains if domain.name not in CORRUPTIONS]:
         raise ValueError(f"order={order} is an order of the fifteen corruptions; '{strange[0]}' is none of them.")
     return sorted(domains, key=lambda domain: ORDERS[order].index(domain.name))
 
 
 def visits(domains: Iterable[Domain]) -> list[Domain]:
-    """A row for each coming of a domain: the first is the domain itself, later ones are numbered."""
+    """One row per visit of a domain: the first is the domain itself, later ones are numbered."""
     seen: Counter[str] = Counter()
     rows: list[Domain] = []
     for domain in domains:
@@ -74,40 +74,40 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 
 def samples(domains: Sequence[Domain]) -> Tensor:
-    """(samples, 2): which domain, which position in it; all of them in turn."""
+    """All samples, domain after domain: (samples, 2), number of the domain and position in it."""
     positions = [torch.arange(len(domain.index)) for domain in domains]
     return torch.cat([torch.stack([torch.full_like(where, n), where], 1) for n, where in enumerate(positions)])
 
 
 def one_stream(order: Tensor, batch_size: int) -> Schedule:
     """Batches that cross domains."""
-    return Schedule(order, tuple(len(part) for part in order.split(batch_size) if len(part)), batch_size)
+    return Schedule(order, tuple(len(part) for part in torch.split(order, batch_size) if len(part)), batch_size)
 
 
 def cut(items: Positions, share: NDArray[np.float64]) -> list[Positions]:
-    """Items in consecutive runs, one for each share of them; the last gets all where the shares are not numbers.
+    """Items in consecutive runs, one per share; if the shares are NaN, the last run gets all items.
 
-    They are not where a small concentration underflows. The released code then cuts at NaN, which comes to the same.
+    Shares are NaN when a small concentration underflows. The released code then cuts at NaN, with the same result.
     """
     ends = np.nan_to_num(np.cumsum(share)[:-1] * len(items), nan=0.0, posinf=0.0)
     return np.split(items, ends.astype(int))
 
 
 def by_class(labels: Tensor, delta: float, min_size: int, seed: int) -> Tensor:
-    """Positions sorted by class (in their order within each), or in Dirichlet chunks where ``delta`` is above 0."""
+    """Positions sorted by class (stable), or in Dirichlet chunks if ``delta`` is above 0."""
     if delta == 0:
         return torch.sort(labels, stable=True).indices
     return torch.from_numpy(dirichlet_chunks(labels.numpy(), delta, min_size, np.random.RandomState(seed)))
 
 
-ATTEMPTS = 1000  # draws of a whole order until every chunk is large enough
+ATTEMPTS = 1000  # draws of a whole order before giving up on chunks that are large enough
 
 
 def dirichlet_chunks(labels: Positions, delta: float, min_size: int, rng: np.random.RandomState) -> Positions:
-    """Positions in as many chunks as classes, each class in one run of a chunk; chunks that are full get no more."""
+    """Positions in as many chunks as classes; a chunk holds each class as one run, and a full chunk gets no more."""
     if not len(labels):
         return np.arange(0)
-    labels = labels - min(0, labels.min())  # an unknown class, -1, counts as one
+    labels = labels - min(0, labels.min())  # an unknown class, -1, counts as a class of its own
     classes = int(labels.max()) + 1
     of_class = [np.flatnonzero(labels == one) for one in range(classes)]
     if classes * min_size > len(labels):
@@ -116,11 +116,11 @@ def dirichlet_chunks(labels: Positions, delta: float, min_size: int, rng: np.ran
         )
     for _ in range(ATTEMPTS):
         sizes = np.zeros(classes, dtype=np.int64)
-        runs: list[list[Positions]] = []  # class by class, its run in each chunk
+        runs: list[list[Positions]] = []  # for each class its run in each chunk
         for members in of_class:
             members = members.copy()
             rng.shuffle(members)
-            with np.errstate(invalid="ignore"):  # 0 / 0 where all that was drawn are full chunks
+            with np.errstate(invalid="ignore"):  # 0 / 0 if only full chunks were drawn
                 share = rng.dirichlet(np.repeat(delta, classes)) * (sizes < len(labels) / classes)
                 runs.append(cut(members, share / share.sum()))
             sizes += [len(run) for run in runs[-1]]
@@ -140,10 +140,10 @@ def dirichlet_chunks(labels: Positions, delta: float, min_size: int, rng: np.ran
 
 
 def imbalanced(labels: Positions, imbalance: float, total: int, seed: int) -> Positions:
-    """Positions drawn with replacement while one class after the other prevails."""
+    """Positions drawn with replacement, one class after the other being the most frequent."""
     known = np.unique(labels)
     classes = len(known)
-    require(total >= classes, "total", total, f"{classes} or more (a draw for each class)")
+    check_parameter(total >= classes, "total", total, f"{classes} or more (a draw for each class)")
     turn = list(range(classes))
     random.Random(seed).shuffle(turn)
     rng = np.random.RandomState(2022)
@@ -165,7 +165,7 @@ def imbalanced(labels: Positions, imbalance: float, total: int, seed: int) -> Po
 
 
 def with_prior(labels: Positions, prior: float, total: int | None, seed: int) -> Positions:
-    """Positions whose classes have frequencies drawn from a Dirichlet distribution, shuffled."""
+    """Shuffled positions whose class frequencies are drawn from a Dirichlet distribution."""
     rng = np.random.default_rng(seed)
     known = np.unique(labels)
     frequency = rng.dirichlet(np.ones(len(known)) * prior)

@@ -1,8 +1,8 @@
-"""Protocols: which samples of which domains arrive when, each as the code that introduced it has it.
+"""Protocols: the order in which the samples of a stream's domains arrive, each as in the code that introduced it.
 
 A protocol is a function of the domains (their labels, no image), a seed, a batch size and a few parameters of its own. It
-gives the domains in the order of their rows in the results, and a :class:`~tta.datasets.stream.Schedule`. What it draws
-comes from ``numpy.random.RandomState(seed)``, drawn in the order of the released code, unless that code draws otherwise.
+returns the domains in the order of their rows in the results, and a :class:`~tta.datasets.stream.Schedule`. It draws from
+``numpy.random.RandomState(seed)``, in the order of the released code, unless that code draws differently.
 """
 
 import math
@@ -18,9 +18,10 @@ import torch
 
 from tta.datasets import ccc as walks
 from tta.datasets import orders
+from tta.datasets.accuracy_matrix import AccuracyMatrix, Calibration
 from tta.datasets.corruptions import CORRUPTIONS
-from tta.datasets.domains import Domain, Renamed
-from tta.datasets.orders import Planned, Positions, require
+from tta.datasets.domains import Corrupted, Domain, Renamed, original
+from tta.datasets.orders import Planned, Positions, check_parameter
 from tta.datasets.outliers import outliers
 from tta.datasets.stream import check, in_turn
 
@@ -32,11 +33,11 @@ def continual(
 ) -> Planned:
     """Domains one after another, the adapter is never reset.
 
-    Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022. Every sample once; batches do not cross domains.
+    Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022. Every sample once; no batch holds two domains.
 
     Args:
-        order: 0 to 9, one of the ten random orders of the paper; left out, the stream's own.
-        shuffle: each domain's images in an order drawn from the seed instead of as they are stored; the same in each
+        order: 0 to 9, one of the ten random orders of the paper; default: the stream's own.
+        shuffle: each domain's images in an order drawn from the seed instead of the stored one; the same in each
             domain, by Python's generator, as in the benchmark of Marsden et al. (WACV 2024).
     """
     rows = orders.arranged(domains, order)
@@ -67,7 +68,7 @@ def episodic(
 def csc(
     domains: Sequence[Domain], seed: int, batch_size: int, *, order: int | None = None, shuffle: bool = False
 ) -> Planned:
-    """Continual structured change: continual, by the name it has beside cdc.
+    """Continual structured change, an alias of ``continual``: the counterpart of cdc.
 
     Zhang et al., "DPCore: Dynamic Prompt Coreset for Continual Test-Time Adaptation", ICML 2025. Parameters as
     ``continual``.
@@ -78,7 +79,7 @@ def csc(
 def batch_1(
     domains: Sequence[Domain], seed: int, batch_size: int, *, order: int | None = None, shuffle: bool = False
 ) -> Planned:
-    """One image at a time whatever the batch size, domains one after another, reset before each.
+    """One image at a time (the batch size is ignored), domains one after another, reset before each.
 
     Niu et al., "Towards Stable Test-Time Adaptation in Dynamic Wild World", ICLR 2023 (SAR). Parameters as
     ``continual``.
@@ -97,14 +98,14 @@ def recurring(
 ) -> Planned:
     """All domains again and again, never reset; each round has rows of its own (fog, fog@2, ...).
 
-    Every sample once in each round, in the same order. Batches do not cross domains.
+    Every sample once in each round, in the same order. No batch holds two domains.
 
     Args:
-        rounds: how often each domain comes; papers have 10 to 20.
+        rounds: number of visits of each domain; papers use 10 to 20.
         order: as in ``continual``.
         shuffle: as in ``continual``.
     """
-    require(rounds >= 1, "rounds", rounds, "1 or more")
+    check_parameter(rounds >= 1, "rounds", rounds, "1 or more")
     rows = orders.visits(orders.arranged(domains, order) * rounds)
     return rows, in_turn(((n, orders.stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
 
@@ -120,23 +121,24 @@ def gradual(
 ) -> Planned:
     """Each corruption rises to the stream's severity and falls again, never reset; rows fog-1, fog-2, ..., fog-1@2.
 
-    Wang et al., CVPR 2022 (CoTTA), severity 5: the first corruption runs 5 to 1, each other 1 to 5 to 1. Every image
-    once at each step; neighbouring steps differ by one severity. Every step has a row of its own, so that the
-    mean error is the mean over all steps.
+    Wang et al., CVPR 2022 (CoTTA), severity 5: the first corruption goes from 5 to 1, each other from 1 to 5 to 1. Every
+    image once at each step; neighbouring steps differ by one severity. Every step has its own row, so that the mean
+    error is the mean over all steps.
 
     Args:
         first: ``"descending"``, as above, or ``"full"``: the first corruption rises too (Marsden et al., WACV 2024).
-        order: as in ``continual``; the paper's numbers are means over all ten.
+        order: as in ``continual``; the paper's numbers are means over all ten orders.
         shuffle: as in ``continual``.
     """
-    require(first in ("descending", "full"), "first", first, "'descending' or 'full'")
+    check_parameter(first in ("descending", "full"), "first", first, "'descending' or 'full'")
     steps: list[Domain] = []
     for number, domain in enumerate(orders.arranged(domains, order)):
-        if not hasattr(domain, "severity"):
+        corrupted = original(domain)
+        if not isinstance(corrupted, Corrupted):
             raise ValueError(f"Protocol 'gradual' needs domains with severities; '{domain.name}' has none.")
-        require(domain.severity % 1 == 0, "severity of protocol 'gradual'", domain.severity, "a whole number")
-        severities = range(1, int(domain.severity) + 1)
-        rising = [Renamed(domain.at(s), f"{domain.name}-{s}") for s in severities]  # type: ignore[attr-defined]
+        highest = corrupted.severity
+        check_parameter(highest % 1 == 0, "severity of protocol 'gradual'", highest, "a whole number")
+        rising = [Renamed(corrupted.at(s), f"{domain.name}-{s}") for s in range(1, int(highest) + 1)]
         if number > 0 or first == "full":
             steps += rising[:-1]
         steps += reversed(rising)
@@ -154,32 +156,38 @@ def forgetting(
     order: int | None = None,
     shuffle: bool = False,
 ) -> Planned:
-    """The clean source domain after every other domain, never reset; its rows tell what has been forgotten.
+    """The clean source domain after every other domain, never reset; its rows show how much was forgotten.
 
     As in the benchmark of Marsden et al. (WACV 2024). Each domain once, the clean one after each of them (clean, clean@2,
-    ...). Batches do not cross domains.
+    ...). No batch holds two domains.
 
     Args:
-        clean: which of the domains is the clean one; left out, the stream's images without their corruption.
-        learn: whether the clean domain is learned from, as published; else it is only predicted.
+        clean: name of the clean domain; default: the stream's images without their corruption.
+        learn: whether the adapter learns from the clean domain, as published; else it is only predicted.
         order: as in ``continual``.
         shuffle: as in ``continual``.
     """
     named = [domain for domain in domains if domain.name == clean]
-    require(clean is None or bool(named), "clean", clean, f"one of {', '.join(d.name for d in domains)}, or nothing")
-    if not named and not hasattr(domains[0], "clean"):
+    check_parameter(
+        clean is None or bool(named), "clean", clean, f"one of {', '.join(d.name for d in domains)}, or nothing"
+    )
+    first = original(domains[0])
+    if named:
+        source = named[0]
+    elif isinstance(first, Corrupted):
+        source = first.clean()
+    else:
         raise ValueError(
             f"Protocol 'forgetting' needs clean images; domain '{domains[0].name}' has none. Say which of your "
             "domains is the clean one with clean=NAME."
         )
-    source: Domain = named[0] if named else domains[0].clean()  # type: ignore[attr-defined]
     others = orders.arranged([domain for domain in domains if domain.name != clean], order)
     rows = orders.visits([row for domain in others for row in (domain, source)])
     check(rows, batch_size)
     schedule = in_turn(((n, orders.stored(domain, seed, shuffle)) for n, domain in enumerate(rows)), batch_size)
     if learn:
         return rows, schedule
-    owner = [int(part[0, 0]) for part in schedule.order.split(schedule.lengths)]  # type: ignore[no-untyped-call]
+    owner = [int(part[0, 0]) for part in torch.split(schedule.order, list(schedule.lengths))]
     return rows, replace(schedule, paused=tuple(number % 2 == 1 for number in owner))
 
 
@@ -192,19 +200,19 @@ def budget(
     order: int | None = None,
     shuffle: bool = False,
 ) -> Planned:
-    """Batches do not wait: while a slow method learns from one, the next are only predicted, by the latest model.
+    """Batches do not wait: while a slow method learns from one, the latest model only predicts the next ones.
 
     Alfarra et al., "Evaluation of Test-Time Adaptation Under Computational Time Constraints", ICML 2024. Domains one
-    after another, never reset. Of every ceil(cost) batches the first is learned from.
+    after another, never reset. The adapter learns from the first of every ceil(cost) batches.
 
     Args:
-        cost: time of learning from a batch, in batches of the stream, 1 or more; ``"measured"``: the time the method
-            takes over that of the source model's prediction, from a warm-up on the first batch.
+        cost: time to learn from a batch, in batches of the stream, 1 or more; ``"measured"``: the method's time divided by
+            the time of the source model's prediction, from a warm-up on the first batch.
         order: as in ``continual``.
         shuffle: as in ``continual``.
     """
     fits = cost == "measured" or (not isinstance(cost, str) and cost >= 1)
-    require(fits, "cost", cost, "a number, 1 or more, or 'measured'")
+    check_parameter(fits, "cost", cost, "a number, 1 or more, or 'measured'")
     rows, schedule = continual(domains, seed, batch_size, order=order, shuffle=shuffle)
     return rows, replace(schedule, cost=cost)
 
@@ -234,22 +242,22 @@ def correlated(
     order: int | None = None,
     shuffle: bool = False,
 ) -> Planned:
-    """Neighbouring images are of the same class: sorted, or in Dirichlet-distributed chunks; never reset.
+    """Neighbouring images have the same class: sorted, or in Dirichlet-distributed chunks; never reset.
 
     Sorted by class: Marsden et al., WACV 2024 (ROID). Chunks: Gong et al., "NOTE: Robust Continual Test-time
     Adaptation Against Temporal Correlation", NeurIPS 2022. Every sample once. As many chunks as classes; each holds at
-    least ``min_size`` samples, and those of a class in one run. The generator starts anew in each domain. NOTE leaves
-    out what remains after division by 64; nothing is left out here.
+    least ``min_size`` samples, and those of a class in one run. The generator is seeded again for each domain. NOTE
+    drops the remainder after division by 64; nothing is dropped here.
 
     Args:
         delta: 0 sorts by class. Above 0: concentration of the Dirichlet distribution, smaller = more correlated (the
-            papers have 0.1 for 10 classes, 0.01 for 1000).
-        min_size: fewest samples in a chunk.
-        mixed: over all domains shuffled together instead of within each; batches then hold several domains.
+            papers use 0.1 for 10 classes, 0.01 for 1000).
+        min_size: smallest number of samples in a chunk.
+        mixed: shuffle all domains together instead of ordering each by itself; batches then hold several domains.
         order: as in ``continual``.
-        shuffle: each domain's images shuffled beforehand, as in ``continual``.
+        shuffle: shuffle each domain's images first, as in ``continual``.
     """
-    require(delta >= 0, "delta", delta, "0 or more")
+    check_parameter(delta >= 0, "delta", delta, "0 or more")
     rows = orders.arranged(domains, order)
     if mixed:
         shuffled = orders.shuffled(sum(len(domain.index) for domain in rows), seed)
@@ -277,18 +285,18 @@ def ptta(
 
     Yuan, Xie & Li, "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023 (RoTTA). Every sample once, domain
     after domain; within a domain each class is spread over the slots by a Dirichlet draw, and makes one run in each.
-    Batches cross domains; a last batch of a single sample is left out.
+    Batches cross domains; a last batch with a single sample is dropped.
 
     Args:
         gamma: concentration of the Dirichlet distribution.
-        slots: how many a domain; left out, as many as classes, 100 at most.
-        order: as in ``continual``; ``"paper"``: order 5 if all fifteen corruptions are there, else the stream's own.
+        slots: number of slots per domain; default: the number of classes, 100 at most.
+        order: as in ``continual``; ``"paper"``: order 5 if the stream has all fifteen corruptions, else the stream's own.
     """
-    require(gamma > 0, "gamma", gamma, "a number above 0")
-    require(slots is None or slots >= 1, "slots", slots, "1 or more")
+    check_parameter(gamma > 0, "gamma", gamma, "a number above 0")
+    check_parameter(slots is None or slots >= 1, "slots", slots, "1 or more")
     if order == "paper":
         order = 5 if {domain.name for domain in domains} == set(CORRUPTIONS) else None
-    rows = orders.arranged(domains, order)  # type: ignore[arg-type]
+    rows = orders.arranged(domains, order)
     rng = np.random.RandomState(seed)
     classes = np.unique(torch.cat([domain.labels for domain in rows]).numpy())
     count = min(len(classes), 100) if slots is None else slots
@@ -316,27 +324,27 @@ def label_shift(
     total: int | None = None,
     order: int | None = None,
 ) -> Planned:
-    """The classes' frequencies drift online, or differ from the source's; images may come repeatedly; reset per domain.
+    """Class frequencies drift online, or differ from the source's; images may repeat; reset before each domain.
 
-    *Online imbalance*: Niu et al., ICLR 2023 (SAR). A step for each class, in shuffled order, of ``total / classes``
-    draws; in it that class has ``imbalance`` times the probability of any other. Samples are drawn with replacement, the
-    same in each domain. Only the order of the classes follows the seed (Python's generator); the draws are seeded
+    *Online imbalance*: Niu et al., ICLR 2023 (SAR). One step of ``total / classes`` draws for each class, in shuffled
+    order; in its step a class has ``imbalance`` times the probability of any other. Samples are drawn with replacement,
+    the same in each domain. Only the order of the classes depends on the seed (Python's generator); the draws are seeded
     with 2022, as in the released code.
 
     *Dirichlet prior* (``prior`` given): Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023 (TTAB). Class
-    frequencies drawn once; as many samples as the most frequent class allows, none twice, shuffled (numpy's
+    frequencies are drawn once; as many samples as the most frequent class allows, none twice, shuffled (numpy's
     ``default_rng(seed)``, as there).
 
     Args:
         imbalance: 1 is uniform, 500 000 practically sorted by class.
-        prior: concentration of the Dirichlet prior; TTAB has 4.
-        total: draws a domain; left out, twice its samples. With ``prior``: samples a domain instead of as many as
-            possible, random ones added where rounding leaves some out.
+        prior: concentration of the Dirichlet prior; TTAB uses 4.
+        total: draws per domain; default: twice its samples. With ``prior``: samples per domain instead of as many as
+            possible; random ones fill up what rounding leaves out.
         order: as in ``continual``.
     """
-    require(imbalance >= 1, "imbalance", imbalance, "1 or more")
-    require(prior is None or prior > 0, "prior", prior, "a number above 0")
-    require(total is None or total >= 1, "total", total, "1 or more")
+    check_parameter(imbalance >= 1, "imbalance", imbalance, "1 or more")
+    check_parameter(prior is None or prior > 0, "prior", prior, "a number above 0")
+    check_parameter(total is None or total >= 1, "total", total, "1 or more")
     rows = orders.arranged(domains, order)
     parts = []
     for number, domain in enumerate(rows):
@@ -364,21 +372,20 @@ def cdc(
 ) -> Planned:
     """Continual dynamic change: domains come back several times, for a random number of batches; never reset.
 
-    Zhang et al., "DPCore", ICML 2025. Every sample once, those of a domain in stored order; batches do not cross
-    domains.
+    Zhang et al., "DPCore", ICML 2025. Every sample once, those of a domain in stored order; no batch holds two domains.
 
     Args:
-        draw: ``"dirichlet"``: each domain's batches are spread over the slots by a Dirichlet draw, and a slot plays
-            its domains in random order. ``"multinomial"``: again and again a domain that is not yet done, for a random
+        draw: ``"dirichlet"``: each domain's batches are spread over the slots by a Dirichlet draw, and a slot has
+            its domains in random order. ``"multinomial"``: repeatedly a random domain that is not used up, for a random
             number of its batches.
         delta: concentration of the Dirichlet distribution.
-        slots: how often a domain comes at most; with ``"dirichlet"``.
+        slots: maximum number of visits of a domain; with ``"dirichlet"``.
     """
-    require(draw in ("dirichlet", "multinomial"), "draw", draw, "'dirichlet' or 'multinomial'")
-    require(delta > 0, "delta", delta, "a number above 0")
-    require(slots >= 1, "slots", slots, "1 or more")
+    check_parameter(draw in ("dirichlet", "multinomial"), "draw", draw, "'dirichlet' or 'multinomial'")
+    check_parameter(delta > 0, "delta", delta, "a number above 0")
+    check_parameter(slots >= 1, "slots", slots, "1 or more")
     rows, rng = list(domains), np.random.RandomState(seed)
-    # One more than fit, as in the released code: where the samples fill the batches, the last is empty and falls out.
+    # One more than fit, as in the released code: if the samples fill the batches, the last one is empty and is dropped.
     counts = [len(domain.index) // batch_size + 1 for domain in rows]
     turns = _slots(counts, delta, slots, rng) if draw == "dirichlet" else _takes(counts, rng)
     done: Counter[int] = Counter()
@@ -392,7 +399,7 @@ def cdc(
 
 
 def _slots(counts: Sequence[int], delta: float, slots: int, rng: np.random.RandomState) -> Iterator[tuple[int, int]]:
-    """(domain, batches) in turn: shares of each domain over the slots, the domains of a slot shuffled."""
+    """Pairs (domain, batches): each domain's batches are spread over the slots, the domains of a slot are shuffled."""
     shares = rng.dirichlet([delta] * slots, len(counts))
     runs = [[len(run) for run in orders.cut(np.arange(n), share)] for n, share in zip(counts, shares, strict=True)]
     for slot in range(slots):
@@ -400,7 +407,7 @@ def _slots(counts: Sequence[int], delta: float, slots: int, rng: np.random.Rando
 
 
 def _takes(counts: Sequence[int], rng: np.random.RandomState) -> Iterator[tuple[int, int]]:
-    """(domain, batches) in turn: a domain that has batches left, and how many of them, both uniform."""
+    """Pairs (domain, batches): a domain that has batches left, and a number of them, both drawn uniformly."""
     left = dict(enumerate(counts))
     while left:
         number = int(rng.choice(list(left), 1)[0])
@@ -430,54 +437,47 @@ def ccc(
     cache: str | PurePath | None = None,
     progress: Any = None,
 ) -> Planned:
-    """Continuously changing corruptions: two at a time, one turns into the next while accuracy stays the same; never reset.
+    """Continuously changing corruptions: two at a time, one turns into the next at constant accuracy; never reset.
 
     Press et al., "RDumb: A simple approach that questions our progress in continual test-time adaptation", NeurIPS 2023.
     Pairs of corruptions, the second of one being the first of the next, each along its path through the severities, 0 to 5
-    in steps of 0.25 (:func:`tta.datasets.ccc.path`). Neighbouring stops differ by 0.25 in one severity, but where a pair
-    follows on another: one ends at its second corruption alone, the next starts at that corruption alone, at a severity
-    that may differ. One domain, one row: the error over the whole stream, as published. Batches cross stops.
+    in steps of 0.25 (:func:`tta.datasets.ccc.path`). Neighbouring stops differ by 0.25 in one severity, except between two
+    pairs: one ends at its second corruption alone, the next starts at that corruption alone, at a severity that may
+    differ. One domain, one row: the error over the whole stream, as published. Batches cross stops.
 
-    A pair under which a model never comes near the target has the nearest path there is, far from it (digits hardly suffer
-    from jpeg_compression and zoom_blur): the stream, printed, tells the accuracy to expect. Leave such corruptions out.
+    If a model never comes near the target under a pair, the nearest path is taken, far from it (digits hardly suffer
+    from jpeg_compression and zoom_blur): printing the stream shows the expected accuracy. Leave such corruptions out.
 
-    The pairs are those of the released code from the same seed (43, 44, 45 there), the paths too from its matrix. Which
-    images come is not: there it hangs on the draws of the corruptions before. Here the images come as the stream has them,
-    there a random crop of each, mirrored at random, stored as JPEG; and as many as are asked for, there a last file of
-    some 25 000 is filled.
+    Pairs and paths are those of the released code, given its seed (43, 44, 45 there) and its matrix. The choice of images
+    is not: there it depends on the draws of earlier corruptions. Here the images are unchanged, there each is cropped and
+    mirrored at random and stored as JPEG. Here the stream ends after ``total`` images, there a last file of some 25 000
+    is filled.
 
     Args:
         target: accuracy of the source model in percent: 40, 20 and 0 in CCC-Easy, -Medium and -Hard. Below 40 without
             jpeg_compression, below 20 with noises and contrast only, never with brightness; of these, the corruptions that
             the stream has.
         speed: images at each stop; 1000, 2000 and 5000 in the paper.
-        total: images in the stream; left out, 150 for each there is, the 7 500 000 of ImageNet's 50 000.
-        matrix: accuracy matrices: a file (:meth:`tta.datasets.ccc.AccuracyMatrix.read`), a mapping such a file holds, or
-            what :func:`tta.datasets.ccc.calibrate` gives. The protocol is called ``ccc-style`` where it is calibrated.
-        model: source model on which the pairs that come are calibrated where there is no matrix, on clean images of the
-            stream (:class:`tta.datasets.ccc.Calibration`); grid, cache and progress are the calibration's too.
-        per_cell: how many images that is, spread evenly over the stream's.
-        recipe: of the corruptions; left out, the stream's own, ``"imagenet"`` for a dataset of yours.
+        total: images in the stream; default: 150 per image of the domain, which is 7 500 000 for ImageNet's 50 000.
+        matrix: accuracy matrices: a file (:meth:`tta.datasets.ccc.AccuracyMatrix.read`), a mapping as in such a file, or
+            the value of :func:`tta.datasets.ccc.calibrate`. With a calibrated matrix the protocol is called ``ccc-style``.
+        model: without a matrix, the source model that is calibrated on clean images of the stream, for the pairs that
+            come (:class:`tta.datasets.ccc.Calibration`, whose parameters ``grid``, ``cache`` and ``progress`` are).
+        per_cell: number of images to calibrate on, spread evenly over the stream's.
+        recipe: of the corruptions; default: the stream's own, ``"imagenet"`` for a dataset of yours.
     """
-    require(0 <= target <= 100, "target", target, "an accuracy in percent")
-    require(speed >= 1, "speed", speed, "1 or more")
-    require(total is None or total >= 1, "total", total, "1 or more")
-    require(per_cell >= 1, "per_cell", per_cell, "1 or more")
+    check_parameter(0 <= target <= 100, "target", target, "an accuracy in percent")
+    check_parameter(speed >= 1, "speed", speed, "1 or more")
+    check_parameter(total is None or total >= 1, "total", total, "1 or more")
+    check_parameter(per_cell >= 1, "per_cell", per_cell, "1 or more")
     names, clean = _pool(domains, target)
     if recipe is None:
-        recipe = str(getattr(domains[0], "recipe", "imagenet"))
+        first = original(domains[0])
+        recipe = first.recipe if isinstance(first, Corrupted) else "imagenet"
     accuracies = _given(matrix)
-    if accuracies is None and model is None:
-        raise ValueError(
-            "Protocol 'ccc' needs accuracies: the published matrix or one of yours as matrix=PATH, or a source model to "
-            "calibrate on as model=MODEL."
-        )
     if accuracies is None:
-        spread = torch.arange(0, len(clean.index), max(1, len(clean.index) // per_cell))[:per_cell]
-        images = walks.to_uint8(clean.images(spread))
-        accuracies = walks.Calibration(
-            model, images, clean.labels[spread], recipe=recipe, seed=seed, grid=grid, cache=cache, progress=progress
-        )
+        settings = {"recipe": recipe, "seed": seed, "grid": grid, "cache": cache, "progress": progress}
+        accuracies = _calibration(model, clean, per_cell, settings)
     count = 150 * len(clean.index) if total is None else total
     stops = list(islice(walks.stops(walks.pairs(names, seed), accuracies, target), math.ceil(count / speed)))
     chosen = walks.arrivals(len(clean.index), len(stops), speed, seed)[:count]
@@ -486,15 +486,26 @@ def ccc(
     return [walk], replace(orders.one_stream(orders.samples([walk]), batch_size), protocol=name)
 
 
+def _calibration(model: Any, clean: Domain, count: int, settings: dict[str, Any]) -> Calibration:
+    """The calibration of a model on some images of a domain, spread evenly."""
+    if model is None:
+        raise ValueError(
+            "Protocol 'ccc' needs accuracies: the published matrix or one of yours as matrix=PATH, or a source model to "
+            "calibrate on as model=MODEL."
+        )
+    spread = torch.arange(0, len(clean.index), max(1, len(clean.index) // count))[:count]
+    return Calibration(model, walks.to_uint8(clean.images(spread)), clean.labels[spread], **settings)
+
+
 def _pool(domains: Sequence[Domain], target: float) -> tuple[list[str], Domain]:
-    """Which corruptions there are of those that a target needs, and the images without them."""
-    pool, first = walks.pool(target), domains[0]
-    if not hasattr(first, "clean"):
+    """The stream's corruptions among those for a target, and the clean images."""
+    pool, first = walks.pool(target), original(domains[0])
+    if not isinstance(first, Corrupted):
         if len(domains) > 1:
             raise ValueError(
-                f"Protocol 'ccc' corrupts one domain of clean images; got {len(domains)}, {first.name} and others."
+                f"Protocol 'ccc' corrupts one domain of clean images; got {len(domains)}, {domains[0].name} and others."
             )
-        return list(pool), first
+        return list(pool), domains[0]
     there = [name for name in pool if name in {domain.name for domain in domains}]
     if len(there) < 2:
         raise ValueError(
@@ -504,27 +515,29 @@ def _pool(domains: Sequence[Domain], target: float) -> tuple[list[str], Domain]:
     return there, first.clean()
 
 
-def _given(matrix: Any) -> walks.AccuracyMatrix | None:
-    if matrix is None or isinstance(matrix, walks.AccuracyMatrix):
+def _given(matrix: Any) -> AccuracyMatrix | None:
+    if matrix is None or isinstance(matrix, AccuracyMatrix):
         return matrix
     if isinstance(matrix, Mapping):
-        return walks.AccuracyMatrix(matrix)
-    require(isinstance(matrix, (str, PurePath)), "matrix", matrix, "a file, a mapping, or what calibrate() gives")
-    return walks.AccuracyMatrix.read(matrix)
+        return AccuracyMatrix(matrix)
+    check_parameter(
+        isinstance(matrix, (str, PurePath)), "matrix", matrix, "a file, a mapping, or what calibrate() gives"
+    )
+    return AccuracyMatrix.read(matrix)
 
 
 # ---------------------------------------------------------------------- the table
 
 
 class Protocol(NamedTuple):
-    """How a stream is built, and the reset that belongs to it (see :func:`tta.evaluate`)."""
+    """A protocol's function and its reset (see :func:`tta.evaluate`)."""
 
     build: Callable[..., Planned]
     reset: str
 
     @property
     def line(self) -> str:
-        """What it is, in a line."""
+        """One-line description: the first line of the function's docstring."""
         return (self.build.__doc__ or "").splitlines()[0]
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tta import fingerprint
-from tta.datasets.domains import Classes, Domain, gather, to_float
+from tta.datasets.domains import Classes, Corrupted, Domain, Generated, classes_in, gather, original, to_float
 
 
 class Batch(NamedTuple):
-    """One batch of a stream; an adapter is handed ``images`` and nothing else.
+    """One batch of a stream; an adapter gets ``images`` and nothing else.
 
     Attributes:
-        images: (batch, 3, height, width), float32 in [0, 1] (uint8 as a loader hands them over).
+        images: (batch, 3, height, width), float32 in [0, 1] (from a loader: uint8).
         labels: (batch,), int64; -1 for an unknown class.
         domain: (batch,), int64, each sample's position in ``Stream.domains``.
         index: (batch,), int64, each image's number in its source; the same image has the same number in all domains.
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 class _Unfinished(Dataset[Batch]):
-    """A stream whose generated images are handed over before they are made."""
+    """A stream that gives generated images before they are made, see :meth:`Stream.finish`."""
 
     def __init__(self, stream: "Stream") -> None:
         self.domains = stream.domains
@@ -39,21 +39,21 @@ class _Unfinished(Dataset[Batch]):
         return len(self._stream)
 
     def __getitem__(self, batch: int) -> Batch:
-        return self._stream._read(batch, lambda domain: getattr(domain, "stored", domain.images))
+        return self._stream.read(batch, unfinished=True)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which samples of some domains arrive when: what a protocol decides.
+    """The order in which the samples of some domains arrive, as a protocol decides it.
 
     Attributes:
-        order: (samples, 2), int64: which domain, which position in it.
-        lengths: samples of each batch, in turn; batches are runs of ``order`` and may hold several domains.
-        batch_size: the length that was asked for.
-        paused: for each batch whether it is predicted without learning; empty where none is.
+        order: (samples, 2), int64: number of the domain, position in the domain.
+        lengths: samples in each batch; batches are consecutive runs of ``order`` and may hold several domains.
+        batch_size: the requested length.
+        paused: for each batch whether it is predicted without learning; empty if none is.
         cost: time that learning from a batch takes, in batches of the stream: a slow method misses
             some (:func:`tta.evaluate`). ``"measured"``: found in a warm-up.
-        protocol: the protocol's name in results where it is not the one it was asked for by.
+        protocol: name of the protocol in results, if it differs from the requested one.
     """
 
     order: Tensor
@@ -76,16 +76,16 @@ def check(domains: Sequence[Domain], batch_size: int) -> None:
 
 
 def in_turn(parts: Iterable[tuple[int, Tensor]], batch_size: int) -> Schedule:
-    """Parts one after another, (domain, positions) each; batches do not cross them, the last of each may be smaller."""
+    """Parts (domain, positions) one after another; no batch holds two parts, the last one of a part may be smaller."""
     parts = list(parts)
-    lengths = [len(run) for _, positions in parts for run in positions.split(batch_size) if len(run)]
+    lengths = [len(run) for _, positions in parts for run in torch.split(positions, batch_size) if len(run)]
     order = torch.cat([torch.stack([torch.full_like(where, domain), where], 1) for domain, where in parts])
     return Schedule(order, tuple(lengths), batch_size)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One line of a stream's schedule: a batch number, its domains, how many samples, whether it teaches nothing."""
+    """One batch in a stream's schedule: its number, domains and samples, and whether it is only predicted."""
 
     batch: int
     domains: tuple[str, ...]
@@ -102,15 +102,15 @@ class Stream(Dataset[Batch]):
     Args:
         name: of the stream, as results show it.
         domains: each has a row of its own in the results.
-        batch_size: samples a batch.
-        seed: of whatever is drawn.
+        batch_size: samples per batch.
+        seed: of everything that is drawn.
         protocol: name of the protocol, as results show it.
         reset: the reset that belongs to the protocol, see :func:`tta.evaluate`.
-        settings: what else described the stream, for the manifest.
-        schedule: which samples arrive when; left out: the domains one after another, batches do not cross them.
+        settings: further settings of the stream, for the manifest.
+        schedule: the order of the samples; default: the domains one after another, no batch holds two of them.
 
     Attributes:
-        order: (samples, 2), int64: which domain, which position in it; batches are runs of this list.
+        order: (samples, 2), int64: number of the domain, position in it; batches are consecutive runs of this list.
         paused: for each batch whether it is predicted without learning.
         cost: see :class:`Schedule`.
     """
@@ -140,40 +140,56 @@ class Stream(Dataset[Batch]):
         self.order = schedule.order
         self.paused = schedule.paused or (False,) * len(schedule.lengths)
         self.cost = schedule.cost
-        self._batches = [column.split(schedule.lengths) for column in self.order.unbind(1)]
+        self._batches = [torch.split(column, list(schedule.lengths)) for column in self.order.unbind(1)]
         self._only = _only(self.order[:, 0], schedule.lengths)
+        originals = [original(domain) for domain in self.domains]
+        self._generated = [domain if isinstance(domain, Generated) else None for domain in originals]
 
     def __len__(self) -> int:
         return len(self._only)
 
     def __getitem__(self, batch: int) -> Batch:
-        """The batch with images as they are stored (uint8 where the source has them so)."""
-        return self._read(batch, lambda domain: domain.images)
+        """The batch with images in the dtype of their source (mostly uint8)."""
+        return self.read(batch)
 
-    def _read(self, batch: int, reader: Callable[[Domain], Callable[[Tensor], Tensor]]) -> Batch:
+    def read(self, batch: int, *, unfinished: bool = False) -> Batch:
+        """A batch by its number, images in the dtype of their source.
+
+        Args:
+            batch: its number.
+            unfinished: leave images that are generated to :meth:`finish`.
+        """
         domain, positions = (column[batch] for column in self._batches)
         if self._only[batch] >= 0:
-            only = self.domains[self._only[batch]]
-            return Batch(reader(only)(positions), only.labels[positions], domain, only.index[positions])
-        parts = [(domain == n, self.domains[n], positions[domain == n]) for n in _present(domain)]
+            number = self._only[batch]
+            only = self.domains[number]
+            images = self._reader(number, unfinished)(positions)
+            return Batch(images, only.labels[positions], domain, only.index[positions])
         labels, index = torch.empty_like(positions), torch.empty_like(positions)
-        for where, owner, what in parts:
-            labels[where], index[where] = owner.labels[what], owner.index[what]
-        images = gather(len(domain), [(where, reader(owner), what) for where, owner, what in parts])
-        return Batch(images, labels, domain, index)
+        parts = []
+        for number in _present(domain):
+            where = domain == number
+            mine = positions[where]
+            labels[where], index[where] = self.domains[number].labels[mine], self.domains[number].index[mine]
+            parts.append((where, self._reader(number, unfinished), mine))
+        return Batch(gather(len(domain), parts), labels, domain, index)
+
+    def _reader(self, number: int, unfinished: bool) -> Callable[[Tensor], Tensor]:
+        generated = self._generated[number]
+        return self.domains[number].images if generated is None or not unfinished else generated.stored
 
     def finish(self, batch: Batch) -> Batch:
-        """The batch of an unfinished loader with its images made, on whichever device they are."""
+        """A batch of an unfinished loader with its images made, on the device that holds it."""
         images, present = batch.images, _present(batch.domain)
         for number in present:
-            finish = getattr(self.domains[number], "finish", None)
-            if finish is None:
+            generated = self._generated[number]
+            if generated is None:
                 continue
             if len(present) == 1:
-                return batch._replace(images=finish(images, batch.index))
+                return batch._replace(images=generated.finish(images, batch.index))
             where = torch.nonzero(batch.domain == number)[:, 0]
             here = where.to(images.device)
-            images = images.index_copy(0, here, finish(images[here], batch.index[where]))
+            images = images.index_copy(0, here, generated.finish(images[here], batch.index[where]))
         return batch._replace(images=images)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -182,29 +198,29 @@ class Stream(Dataset[Batch]):
             yield stored._replace(images=to_float(stored.images))
 
     def clean(self) -> "Stream":
-        """The source domain, in batches of the same size: the images of the first domain without what was done to them.
+        """The source domain in batches of the same size: the images of the first domain without their corruption.
 
         Raises:
-            ValueError: the images came damaged, there are no others.
+            ValueError: the domain has no clean images.
         """
-        undamaged = getattr(self.domains[0], "clean", None)
-        if undamaged is None:
+        first = original(self.domains[0])
+        if not isinstance(first, Corrupted):
             raise ValueError(f"Domain '{self.domains[0].name}' of stream '{self.name}' has no clean images.")
-        return Stream(self.name, [undamaged()], batch_size=self.batch_size, seed=self.seed, protocol="clean")
+        return Stream(self.name, [first.clean()], batch_size=self.batch_size, seed=self.seed, protocol="clean")
 
     @property
     def origins(self) -> list[str]:
-        """Where the images come from, in words, each origin once."""
+        """Descriptions of where the images come from, each once."""
         return list(dict.fromkeys(domain.origin for domain in self.domains))
 
     @property
     def classes(self) -> Classes | None:
-        """What the labels count, where the domains know it.
+        """The classes of the domains, None if no domain knows them.
 
         Raises:
-            ValueError: the domains count different classes.
+            ValueError: the domains have different classes.
         """
-        known = {getattr(domain, "classes", None): domain.name for domain in self.domains}
+        known = {classes_in(domain): domain.name for domain in self.domains}
         known.pop(None, None)
         if len(known) > 1:
             counts = ", ".join(f"{name} {classes.count}" for classes, name in known.items() if classes)
@@ -212,7 +228,7 @@ class Stream(Dataset[Batch]):
         return next(iter(known), None)
 
     def check_logits(self, count: int) -> None:
-        """Raise a ValueError unless a model with so many logits is one for the classes of this stream."""
+        """Raise a ValueError unless a model with this many logits fits the classes of the stream."""
         classes = self.classes
         if classes is None:
             highest = max((int(domain.labels.max()) for domain in self.domains if len(domain.labels)), default=-1)
@@ -238,31 +254,31 @@ class Stream(Dataset[Batch]):
         return len(self.order)
 
     def clean_images(self, count: int) -> tuple[Tensor, Tensor] | None:
-        """The first ``count`` images and labels as they were before any corruption; None where they are not at hand."""
-        make = next((domain.clean for domain in self.domains if hasattr(domain, "clean")), None)
-        if make is None:
+        """The first ``count`` images and labels without corruption; None if they cannot be found."""
+        corrupted = next((domain for domain in map(original, self.domains) if isinstance(domain, Corrupted)), None)
+        if corrupted is None:
             return None
         try:
-            clean = make()
+            clean = corrupted.clean()
         except (FileNotFoundError, ValueError):  # published corruptions without the clean images beside them
             return None
         first = torch.arange(min(count, len(clean.index)))
         return clean.images(first), clean.labels[first]
 
     def schedule(self) -> list[Plan]:
-        """What arrives when, batch by batch; reads no image."""
+        """The order of arrival, batch by batch; reads no image."""
         return [
             Plan(n, tuple(self.domains[d].name for d in _present(domain)), len(domain), self.paused[n])
             for n, domain in enumerate(self._batches[0])
         ]
 
     def loader(self, num_workers: int = 0, *, unfinished: bool = False, pin_memory: bool = False) -> DataLoader[Batch]:
-        """The one DataLoader over the stream; worker processes read ahead and keep the order.
+        """A DataLoader over the stream; worker processes read ahead and keep the order.
 
         Args:
             num_workers: processes.
-            unfinished: leave images that are generated to :meth:`finish`, for a device faster at it than the workers.
-            pin_memory: put batches where a CUDA device copies them from while it computes.
+            unfinished: leave images that are generated to :meth:`finish`, for a device that is faster than the workers.
+            pin_memory: put batches into pinned memory, which a CUDA device copies while it computes.
         """
         dataset: Dataset[Batch] = _Unfinished(self) if unfinished else self
         return DataLoader(
@@ -271,7 +287,7 @@ class Stream(Dataset[Batch]):
             shuffle=False,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # of its own: to read draws nothing that a method would have drawn
+            generator=torch.Generator(),  # its own, so that reading does not advance the global random state
         )
 
     def describe(self) -> dict[str, Any]:
@@ -298,14 +314,14 @@ class Stream(Dataset[Batch]):
         batch = torch.repeat_interleave(torch.arange(len(self)), torch.tensor([len(part) for part in self._batches[0]]))
         for number, domain in enumerate(self.domains):
             mine = batch[self.order[:, 0] == number]
-            first, last, held = (int(mine[0]), int(mine[-1]), len(mine.unique())) if len(mine) else (0, -1, 0)
+            first, last, held = (int(mine[0]), int(mine[-1]), len(torch.unique(mine))) if len(mine) else (0, -1, 0)
             span = f"batches {first}-{last}" if held == last - first + 1 else f"{held} of batches {first}-{last}"
             lines.append(f"  {domain.name:<20} {span if held else 'no batches':<18} {len(mine):>6} samples")
         return "\n".join([head, *lines])
 
 
 def _only(domain: Tensor, lengths: Sequence[int]) -> list[int]:
-    """For each batch the domain of all its samples, -1 where there are several."""
+    """For each batch the domain of all its samples, -1 if there are several."""
     changes = torch.cat([torch.zeros(1, dtype=torch.int64), (domain[1:] != domain[:-1]).cumsum(0)])
     counts = torch.tensor(lengths, dtype=torch.int64)
     ends = counts.cumsum(0)

@@ -1,4 +1,4 @@
-"""Corrupted copies on disk, laid out as published: what ``tta corrupt`` does."""
+"""Corrupted copies on disk, laid out like the published data sets: ``tta corrupt``."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
@@ -16,12 +17,12 @@ from torchvision.transforms import functional as F
 from tta import fingerprint
 from tta.datasets.cifar_c import CIFAR_10, CIFAR_100, CLASSES, clean_images, read_array
 from tta.datasets.corruptions import CORRUPTIONS, constants, corrupt
-from tta.datasets.files import MANIFEST, ON_ERROR, FileImages, list_images, subfolders
+from tta.datasets.files import MANIFEST, FileImages, check_on_error, list_images, subfolders
 from tta.datasets.geometry import Geometry
 
 SEVERITIES = (1, 2, 3, 4, 5)
 QUALITY = 85  # of the JPEG files of ImageNet-C
-AT_ONCE = 32  # images of a task, and so the most that is lost when a run is stopped
+AT_ONCE = 32  # images per task, so at most this many are lost when a run is stopped
 
 
 def write_corrupted(
@@ -39,31 +40,31 @@ def write_corrupted(
     workers: int = 0,
     progress: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, total: steps,
 ) -> int:
-    """Write a corrupted copy of a folder of images or of CIFAR; what is there already is kept, so that a run can go on.
+    """Write a corrupted copy of a folder of images or of CIFAR; existing files are kept, so that a run can be resumed.
 
-    A folder ``CLASS/IMAGE`` becomes ``CORRUPTION/SEVERITY/CLASS/IMAGE``, as ImageNet-C is laid out (Hendrycks &
-    Dietterich, ICLR 2019) and, as it was made: resized, cropped, corrupted, and saved as JPEG of quality 85, which
+    A folder ``CLASS/IMAGE`` becomes ``CORRUPTION/SEVERITY/CLASS/IMAGE``, the layout of ImageNet-C (Hendrycks &
+    Dietterich, ICLR 2019), made in the same way: resized, cropped, corrupted, and saved as JPEG of quality 85, which
     compresses once more. Clean CIFAR (``cifar-10-batches-py/``, ``cifar-100-python/``, ``test/CLASS/IMAGE``, or an .npy file,
-    uint8 (n, height, width, 3), with its labels beside it) becomes ``CORRUPTION.npy`` and ``labels.npy``, lossless, as
-    CIFAR-10-C is laid out. The draws are those of the streams: an image number gets the same damage here and there.
+    uint8 (n, height, width, 3), with its labels beside it) becomes ``CORRUPTION.npy`` and ``labels.npy``, lossless, the
+    layout of CIFAR-10-C. The draws are those of the streams: an image number gets the same damage in both.
 
     Args:
         source: the clean images.
-        target: a folder, made where it is not there. ``tta-corrupt.json`` in it tells how the copy was made.
-        corruptions: which.
-        severities: which, of 1 to 5; .npy files hold all five.
+        target: a folder, created if missing. ``tta-corrupt.json`` in it records how the copy was made.
+        corruptions: names.
+        severities: of 1 to 5; .npy files hold all five.
         seed: of the draws.
-        recipe: ``"cifar"`` or ``"imagenet"``; left out, as the source is.
-        resize: pixels of the shorter side; of a folder's images.
-        crop: side of the square taken from the middle; of a folder's images.
+        recipe: ``"cifar"`` or ``"imagenet"``; default: ``"imagenet"`` for a folder, else ``"cifar"``.
+        resize: pixels of the shorter side; for a folder of images.
+        crop: side of the square in the middle; for a folder of images.
         quality: of the JPEG files, 1 to 95; None for PNG files, lossless.
-        on_error: of a folder's files that cannot be decoded: an error when they come (``"raise"``), or left out (``"skip"``), for
-            which all are decoded once beforehand.
+        on_error: a file of a folder that cannot be decoded raises an error on access (``"raise"``), or is left out
+            (``"skip"``): then all files are decoded once in advance.
         workers: processes; 0 works in this one.
-        progress: given the steps and their number, gives the steps.
+        progress: gets the steps and their number, and returns the steps.
 
     Returns:
-        Images written now; those that were there are not counted.
+        Number of images written in this run.
 
     Raises:
         FileNotFoundError: no images in the source.
@@ -77,55 +78,51 @@ def write_corrupted(
     for name in corruptions:
         for severity in severities:
             constants(name, severity, recipe)
-    how: dict[str, Any] = {"recipe": recipe, "seed": seed}
+    settings = {"recipe": recipe, "seed": seed}
     tasks: _Tasks
     if arrays is None:
-        names = subfolders(source)
-        if not names:
-            raise FileNotFoundError(f"'{source}' holds no class folders and no CIFAR: expected CLASS/IMAGE.")
-        clean = FileImages("clean", source, list_images(source, names), Geometry(resize, crop))
-        if on_error not in ON_ERROR:
-            raise ValueError(f"on_error is {' or '.join(map(repr, ON_ERROR))}; got {on_error!r}.")
-        clean = clean.without_unreadable() if on_error == "skip" else clean
-        clean.warn_of_enlarging()
-        how |= {"format": "PNG" if quality is None else f"JPEG quality {quality}", "geometry": str(clean.geometry)}
-        how["content"] = clean.describe()["content"]
-        how |= {"skipped": clean.skipped} if clean.skipped else {}
-        tasks = _FileTasks(clean, target, corruptions, severities, how, quality)
+        clean = _clean_files(source, Geometry(resize, crop), on_error)
+        tasks = _FileTasks(clean, target, corruptions, severities, settings, quality)
+    elif tuple(severities) == SEVERITIES:
+        tasks = _ArrayTasks(*arrays, target, corruptions, settings)
     else:
-        if tuple(severities) != SEVERITIES:
-            raise ValueError(f"Files of arrays hold all severities, 1 to 5; got severities={list(severities)}.")
-        images, labels = arrays
-        how |= {"format": "npy", "content": fingerprint.of_tensors([("images", images), ("labels", labels)])}
-        tasks = _ArrayTasks(images, labels, target, corruptions, how)
+        raise ValueError(f"Files of arrays hold all severities, 1 to 5; got severities={list(severities)}.")
     target.mkdir(parents=True, exist_ok=True)
-    note = _claim(target, source, how, corruptions, severities)
-    written = 0
-    # Workers of a DataLoader: started alike on every system, one thread each, and their errors are raised here.
-    for done in progress(DataLoader(tasks, batch_size=None, num_workers=workers), len(tasks)):
-        written += int(done)
+    manifest = _claim(target, source, tasks.how, corruptions, severities)
+    # Workers of a DataLoader behave alike on every system: one thread each, and their errors are raised here.
+    steps = progress(DataLoader(tasks, batch_size=None, num_workers=workers), len(tasks))
+    written = sum(int(done) for done in steps)
     tasks.finish()
-    note["complete"] = True
-    _save_manifest(target, note)
+    _save_manifest(target, {**manifest, "complete": True})
     return written
 
 
 class _Tasks(Dataset[int]):
-    """Independent pieces of work; an item does one and is the number of images written."""
+    """Independent tasks; ``tasks[n]`` does one and returns the number of images written.
 
-    def __init__(self, corruptions: Sequence[str], severities: Sequence[int], how: dict[str, Any]) -> None:
-        self.settings = {"recipe": how["recipe"], "seed": how["seed"]}
+    Args:
+        corruptions: names.
+        severities: of each corruption.
+        settings: recipe and seed.
+        how: further entries of the manifest that identify the copy.
+    """
+
+    def __init__(
+        self, corruptions: Sequence[str], severities: Sequence[int], settings: dict[str, Any], how: dict[str, Any]
+    ) -> None:
+        self.settings = settings
+        self.how = {**settings, **how}
         self.parts = [(name, severity) for name in corruptions for severity in severities]
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def finish(self) -> None:
-        """What remains when all is done."""
+        """Called after the last task."""
 
 
 class _FileTasks(_Tasks):
-    """Some images at one severity of one corruption."""
+    """Tasks of some image files at one severity of one corruption."""
 
     def __init__(
         self,
@@ -133,10 +130,16 @@ class _FileTasks(_Tasks):
         target: Path,
         corruptions: Sequence[str],
         severities: Sequence[int],
-        how: dict[str, Any],
+        settings: dict[str, Any],
         quality: int | None,
     ) -> None:
-        super().__init__(corruptions, severities, how)
+        how = {
+            "format": "PNG" if quality is None else f"JPEG quality {quality}",
+            "geometry": str(clean.geometry),
+            "content": clean.describe()["content"],
+            **({"skipped": clean.skipped} if clean.skipped else {}),
+        }
+        super().__init__(corruptions, severities, settings, how)
         self.clean, self.target, self.quality = clean, target, quality
         self.chunks = -(-len(clean.files) // AT_ONCE)
         names = [self._name(n) for n in range(len(clean.files))]
@@ -176,16 +179,17 @@ class _FileTasks(_Tasks):
             {"format": "PNG"} if self.quality is None else {"format": "JPEG", "quality": self.quality, "optimize": True}
         )
         F.to_pil_image(image).save(begun, **how)
-        begun.replace(file)  # a file is there whole or not at all
+        begun.replace(file)  # the file appears complete or not at all
 
 
 class _ArrayTasks(_Tasks):
-    """All images at one severity of one corruption; the severities of a corruption are joined at the end."""
+    """Tasks of all images at one severity of one corruption; the severities of a corruption are joined at the end."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, target: Path, corruptions: Sequence[str], how: dict[str, Any]
+        self, images: Tensor, labels: Tensor, target: Path, corruptions: Sequence[str], settings: dict[str, Any]
     ) -> None:
-        super().__init__(corruptions, SEVERITIES, how)
+        how = {"format": "npy", "content": fingerprint.of_tensors([("images", images), ("labels", labels)])}
+        super().__init__(corruptions, SEVERITIES, settings, how)
         self.images, self.labels, self.target = images, labels, target
 
     def __getitem__(self, task: int) -> int:
@@ -197,7 +201,7 @@ class _ArrayTasks(_Tasks):
         return len(damaged)
 
     def finish(self) -> None:
-        """One file a corruption, severity after severity, and the labels as often."""
+        """Join the severities of each corruption in one file, and write the labels, repeated for each severity."""
         _save_array(self.target / "labels.npy", np.tile(self.labels.numpy().astype(np.uint8), len(SEVERITIES)))
         for corruption in dict(self.parts):
             if not (self.target / f"{corruption}.npy").exists():
@@ -212,8 +216,20 @@ class _ArrayTasks(_Tasks):
         return self.target / f".{corruption}.{severity}.npy"
 
 
+def _clean_files(source: Path, geometry: Geometry, on_error: str) -> FileImages:
+    """The images of ``source/CLASS/IMAGE``."""
+    names = subfolders(source)
+    if not names:
+        raise FileNotFoundError(f"'{source}' holds no class folders and no CIFAR: expected CLASS/IMAGE.")
+    check_on_error(on_error)
+    clean = FileImages("clean", source, list_images(source, names), geometry)
+    clean = clean.without_unreadable() if on_error == "skip" else clean
+    clean.warn_of_enlarging()
+    return clean
+
+
 def _arrays(source: Path) -> tuple[Tensor, Tensor] | None:
-    """Images uint8 (n, 3, height, width) and labels of CIFAR or an .npy file; None where the source is a folder of images."""
+    """Images uint8 (n, 3, height, width) and labels of CIFAR or an .npy file; None if the source is a folder of images."""
     if source.suffix == ".npy":
         images = np.load(source, mmap_mode="r", allow_pickle=False)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -233,7 +249,7 @@ def _arrays(source: Path) -> tuple[Tensor, Tensor] | None:
 def _claim(
     target: Path, source: Path, how: dict[str, Any], corruptions: Sequence[str], severities: Sequence[int]
 ) -> dict[str, Any]:
-    """The manifest of the target, begun or taken up; refused where its images were made otherwise."""
+    """Write the manifest of a new or resumed copy; a ValueError if the target was made with other settings."""
     file = target / MANIFEST
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     differing = [
@@ -245,7 +261,7 @@ def _claim(
         raise ValueError(
             f"'{target}' was made with {'; '.join(differing)}. Choose another folder, or the same settings."
         )
-    note = {
+    manifest = {
         "made_by": f"tta corrupt, tta-toolkit {metadata.version('tta-toolkit')}",
         "source": str(source),
         "how": how,
@@ -254,17 +270,17 @@ def _claim(
         "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "pillow", "numpy")},
         "complete": False,
     }
-    _save_manifest(target, note)
-    return note
+    _save_manifest(target, manifest)
+    return manifest
 
 
-def _save_manifest(target: Path, note: dict[str, Any]) -> None:
+def _save_manifest(target: Path, manifest: dict[str, Any]) -> None:
     begun = target / f".{MANIFEST}"
-    begun.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    begun.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     begun.replace(target / MANIFEST)
 
 
-def _save_array(file: Path, array: np.ndarray) -> None:
+def _save_array(file: Path, array: NDArray[np.uint8]) -> None:
     begun = file.with_name(f".{file.name}.{os.getpid()}")
     with begun.open("wb") as out:
         np.save(out, array)

@@ -15,12 +15,12 @@ from torchvision.datasets import ImageFolder
 
 import tta
 from tta.datasets import catalog
-from tta.datasets.domains import UNKNOWN
 from tta.datasets.files import FileImages
 from tta.datasets.geometry import Geometry
 from tta.datasets.imagenet_classes import WNIDS
 from tta.datasets.stream import Stream
 from tta.engine import OnlineModule
+from tta.labels import UNKNOWN
 
 PUBLISHED = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
 

@@ -108,17 +108,17 @@ def test_auroc_needs_samples_of_both_kinds():
     assert math.isnan(metrics.auroc(torch.tensor([0.0, math.nan]), torch.tensor([False, True])))
 
 
-def test_otsu_threshold_has_the_least_variance_within():
+def test_rejection_threshold_has_the_least_variance_within():
     score = torch.cat([torch.linspace(0, 1, 30), torch.linspace(3, 4, 10)])
     values = score.numpy().astype(float)
     within = {}
     for threshold in (values[1:] + values[:-1]) / 2:
         low, high = values[values <= threshold], values[values > threshold]
         within[threshold] = len(low) * low.var() + len(high) * high.var()
-    found = metrics.otsu_threshold(score[torch.randperm(40, generator=torch.Generator().manual_seed(0))])
+    found = metrics.rejection_threshold(score[torch.randperm(40, generator=torch.Generator().manual_seed(0))])
     assert found == pytest.approx(min(within, key=within.get))
     assert found == pytest.approx(2)
-    assert math.isnan(metrics.otsu_threshold(torch.ones(5)))
+    assert math.isnan(metrics.rejection_threshold(torch.ones(5)))
 
 
 def test_open_set_scores_by_hand():
@@ -129,7 +129,7 @@ def test_open_set_scores_by_hand():
     assert found["auroc"] == pytest.approx(100 * (3 + 1 + 0.5) / 8)  # of 4 x 2 pairs, the tied one half
     assert found["h_score"] == pytest.approx(2 * 75 * 56.25 / (75 + 56.25))
     # At 0.55 the third image is rejected, the last one accepted: 2 of 4 kept and right, 1 of 2 refused.
-    assert metrics.otsu_threshold(score) == pytest.approx(0.55)
+    assert metrics.rejection_threshold(score) == pytest.approx(0.55)
     assert found["h_score_otsu"] == pytest.approx(50)
 
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tta
 from tta.results import Predictions, Result, Row, compare_errors, differences, environment, error_interval, find_results
 
 
@@ -192,3 +195,11 @@ def test_environment_names_versions():
     assert found["torch"]
     assert found["tta-toolkit"]
     assert "platform" in found
+
+
+def test_the_environment_names_the_commit_of_a_checkout():
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or Path(tta.__file__).parent.parent != root:
+        pytest.skip("the package in use does not lie in a git checkout")
+    head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert environment()["commit"].removesuffix("-dirty") == head.stdout.strip()

@@ -8,7 +8,8 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 import tta
-from tta.datasets.stream import _only
+from tta.datasets.domains import Classes, Corrupted, Generated, Visit, classes_in, original
+from tta.datasets.stream import Stream, _only
 
 
 class Unreadable(Dataset):
@@ -138,3 +139,66 @@ def test_a_tensor_dataset_is_read_batch_by_batch_and_runs_of_it_are_not_copied()
     assert batches[1].images.data_ptr() == images[4:].data_ptr()
     shuffled = stream.domains[0].images(torch.tensor([7, 2, 3]))
     assert torch.equal(shuffled, images[[7, 2, 3]])
+
+
+class Plain:
+    """A user's own domain with nothing but the required parts."""
+
+    name, origin = "plain", "nowhere"
+    labels = torch.tensor([0, 1, 2])
+    index = torch.arange(3)
+
+    def images(self, positions):
+        return torch.full((len(positions), 3, 2, 2), 7, dtype=torch.uint8)
+
+    def describe(self):
+        return {"origin": self.origin}
+
+
+class Full(Plain):
+    """A user's own domain with every optional part."""
+
+    name, severity, recipe, classes = "full", 2, "cifar", Classes(3)
+
+    def stored(self, positions):
+        return torch.zeros(len(positions), 3, 2, 2, dtype=torch.uint8)
+
+    def finish(self, stored, index):
+        return stored + 7
+
+    def at(self, severity):
+        return self
+
+    def clean(self):
+        return Plain()
+
+
+@pytest.mark.parametrize("kind", [Plain, Full])
+def test_a_domain_is_any_object_with_the_attributes_of_one(kind):
+    domain = kind()
+    stream = Stream("own", [domain, Visit(domain, 2)], batch_size=2)
+    begun = list(stream.loader(unfinished=True))
+    assert [batch.images.unique().tolist() for batch in begun] == [[0 if kind is Full else 7]] * 4
+    for whole, batch in zip(stream.loader(), begun, strict=True):
+        assert torch.equal(stream.finish(batch).images, whole.images)
+    assert (stream.classes == Classes(3)) is (kind is Full)
+    assert stream.describe()["domains"][f"{domain.name}@2"] == {"same_images_as": domain.name}
+    if kind is Full:
+        assert stream.clean().domains[0].name == "plain"
+        assert stream.clean_images(2)[1].tolist() == [0, 1]
+    else:
+        assert stream.clean_images(2) is None
+        with pytest.raises(ValueError, match="has no clean images"):
+            stream.clean()
+
+
+def test_a_renamed_domain_keeps_the_optional_parts_of_its_original():
+    full, plain = Full(), Plain()
+    twice = Visit(Visit(full, 2), 3)
+    assert original(twice) is full
+    assert isinstance(original(twice), Corrupted)
+    assert isinstance(original(twice), Generated)
+    assert (twice.name, twice.severity, classes_in(twice)) == ("full@2@3", 2, Classes(3))
+    renamed = Visit(plain, 2)
+    assert not isinstance(original(renamed), (Corrupted, Generated))
+    assert (renamed.severity, classes_in(renamed)) == (None, None)

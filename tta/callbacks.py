@@ -20,8 +20,8 @@ from tta.results.record import Record
 class AdaptCallback(Callback):
     """Adapt a model inside an existing LightningModule while ``Trainer.test`` or ``Trainer.predict`` runs.
 
-    For the run the sub-module named by ``attribute`` is replaced by an adapter around a copy of it; afterwards the
-    original is back, unchanged. ``callback.adapter`` keeps what was learned and goes on from there in the next run.
+    During the run an adapter around a copy replaces the sub-module named by ``attribute``; afterwards the original is
+    back, unchanged. ``callback.adapter`` keeps what it learned and continues from there in the next run.
 
     Args:
         method: as in :func:`tta.adapt`.
@@ -29,7 +29,7 @@ class AdaptCallback(Callback):
         hparams: as in :func:`tta.adapt`.
 
     Raises:
-        ValueError: the LightningModule has no such sub-module; those it has are listed.
+        ValueError: the LightningModule has no such sub-module; the message lists its sub-modules.
     """
 
     def __init__(self, method: str | type[Adapter], *, attribute: str = "model", **hparams: Any) -> None:
@@ -85,7 +85,7 @@ class SourceError(Callback):
 
     def _error(self, trainer: pl.Trainer, pl_module: Any) -> float:
         record = Record()
-        # What is drawn here must not change what the run draws.
+        # Random numbers drawn here must not change those of the run.
         with isolate_rng(), pl_module.adapter.paused(), trainer.precision_plugin.forward_context():
             for batch in self._stream.loader(self._num_workers, pin_memory=pl_module.device.type == "cuda"):
                 images = to_float(batch.images.to(pl_module.device, non_blocking=True))
@@ -96,10 +96,10 @@ class SourceError(Callback):
 
 
 class Consistency(Callback):
-    """Share of images in percent that are predicted alike as they are and shifted, by the adapter after each batch.
+    """Share of images in percent whose prediction stays the same when they are shifted, by the adapter after each batch.
 
-    Labels are not looked at. The shift is the weak augmentation that keeps every class of image what it is (a flip does
-    not): by a sixteenth of the image to the right and down, edges reflected. Learns nothing and leaves the run as it was.
+    Uses no labels. The shift is a weak augmentation that preserves every class (a flip does not): by a sixteenth of the
+    image to the right and down, edges reflected. The adapter learns nothing from it, and the run does not change.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Consistency(Callback):
 
     @property
     def percent(self) -> float:
-        """Over the run so far; NaN before it. Waits for the device."""
+        """The share over the run so far; NaN before the first batch. Synchronises the device."""
         return 100.0 * float(torch.cat(self._alike).float().mean()) if self._alike else math.nan
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:

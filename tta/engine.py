@@ -1,6 +1,7 @@
-"""The online loop on Lightning: each batch once, predicted and learned from, scored as it arrives.
+"""The online loop on Lightning: each batch is predicted, learned from and scored once, as it arrives.
 
-With its callbacks and its progress bar the only importer of lightning. ``evaluate`` equals a plain ``for`` loop over the stream bit for bit.
+Only this file, ``callbacks.py`` and ``progress.py`` import lightning. ``evaluate`` equals a plain ``for`` loop over the
+stream bit for bit.
 """
 
 import copy
@@ -25,8 +26,9 @@ from tta import methods
 from tta.adapter import Adapter, Output
 from tta.callbacks import AdaptCallback, Consistency, SourceError
 from tta.config import as_dict
-from tta.datasets.domains import UNKNOWN, to_float
+from tta.datasets.domains import to_float
 from tta.datasets.stream import Batch, Stream
+from tta.labels import UNKNOWN
 from tta.progress import OnlineProgress
 from tta.results import Predictions, Result, Row, curves, environment, metrics
 from tta.results.cost import Passes, forget_peak_memory, peak_memory_mb
@@ -35,7 +37,8 @@ from tta.results.record import Record
 __all__ = ["AdaptCallback", "Consistency", "OnlineModule", "OnlineProgress", "evaluate", "measure_cost", "reset_period"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
-# So much of a measured cost above a whole number is the clock's noise: a method that only predicts must not miss batches.
+# A measured cost up to this much above a whole number counts as that number: the rest is noise of the clock, and a
+# method that only predicts must not miss batches.
 MARGIN = 0.1
 
 
@@ -57,33 +60,35 @@ def evaluate(
     """Online error of an adapter on a stream: every sample predicted once, when it arrives.
 
     Args:
-        adapter: made by :func:`tta.adapt`; it goes on from its present state and keeps what it learns.
+        adapter: made by :func:`tta.adapt`; it continues from its present state and keeps what it learns.
         stream: made by :func:`tta.stream`.
         reset: back to the source model ``"never"``, before each ``"domain"``, before each ``"batch"``, or every N
-            batches (``N`` or ``"N batches"``). Left out: what the stream's protocol says. A batch that holds several
-            domains is of the domain of its first sample.
-        cost: time that learning from a batch takes, in batches of the stream. Of every ``ceil(cost)`` batches the first
-            is learned from, the others arrive too early and are only predicted. ``"measured"``: found on the first
-            batch, see :func:`measure_cost`. Left out: what the stream's protocol says, 1 unless it is ``budget``.
+            batches (``N`` or ``"N batches"``). Default: the reset of the stream's protocol. A batch of several domains
+            belongs to the domain of its first sample.
+        cost: time that learning from a batch takes, in batches of the stream. The adapter learns from the first of every
+            ``ceil(cost)`` batches; the others arrive too early and are only predicted. ``"measured"``: measured on the
+            first batch, see :func:`measure_cost`. Default: the cost of the stream's protocol, 1 unless it is ``budget``.
         progress: show a progress bar with the domain, the online error so far and images/s.
-        logger: any Lightning logger(s); gets ``error/<domain>``, ``mean_error`` and the metrics that are numbers.
+        logger: any Lightning logger(s); receives ``error/<domain>``, ``mean_error`` and the numeric metrics.
         callbacks: further Lightning callbacks.
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``; one stream runs on one device.
         precision: ``"32-true"``, the reference, or ``"bf16-mixed"``.
-        num_workers: processes that decode ahead; they change no number. What they read travels as uint8, to a GPU from
-            pinned memory, and becomes [0, 1] there; corruptions made on the fly are made there too, on a CPU by them.
-        clean: the source domain, such as ``stream.clean()``, predicted before and after the run without learning: how
-            much the adapter forgets.
-        oracle_steps: above 0, each batch is learned from so many times, predicted after each, and the best counts, as its
-            labels tell (most right, then the lowest cross-entropy); the adapter goes on from there. No deployment can:
-            it is the oracle of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023. The adapter sees no label.
+        num_workers: processes that decode ahead; they change no number. Images travel as uint8, to a GPU from pinned
+            memory, and are scaled to [0, 1] there. A GPU also makes the corruptions of generated domains; without one
+            the workers make them.
+        clean: the source domain, such as ``stream.clean()``, predicted before and after the run without learning, to
+            measure forgetting.
+        oracle_steps: above 0, the adapter takes this many steps on each batch and predicts after each; the best prediction
+            by the labels counts (most correct, then lowest cross-entropy), and the adapter continues from that step. This
+            is the oracle of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023; no deployment has the labels.
+            The adapter itself sees no label.
 
     Returns:
-        The errors per domain, with a manifest of what would reproduce them. ``result.metrics`` holds, beside
+        The errors per domain, with a manifest to reproduce them. ``result.metrics`` holds, beside
         :func:`tta.results.metrics.summary`:
 
         * ``forwards``, ``backwards``: passes counted in images, see :class:`tta.results.cost.Passes`; also ``.._per_image``;
-        * ``images_per_second``, ``peak_memory_mb``: of this machine on this occasion, reading of images included;
+        * ``images_per_second``, ``peak_memory_mb``: of this run on this machine, reading of images included;
         * ``collapse``: see :func:`tta.results.curves.collapse`;
         * ``source_error_before``, ``source_error_after``: in percent, with ``clean``.
 
@@ -96,13 +101,6 @@ def evaluate(
             f"precision is one of {', '.join(PRECISIONS)}; got {precision!r}. Steps of 16-mixed would be unscaled, and "
             "steps of 1e-4 vanish in weights that are themselves 16 bits wide."
         )
-    module = OnlineModule(
-        adapter,
-        reset=stream.reset if reset is None else reset,
-        cost=stream.cost if cost is None else cost,
-        paused=stream.paused,
-        oracle_steps=oracle_steps,
-    )
     device = adapter.device
     forgetting = [] if clean is None else [SourceError(clean, num_workers)]
     with _quiet(), isolate_rng():
@@ -110,34 +108,68 @@ def evaluate(
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
-            precision=precision,  # type: ignore[arg-type]
-            logger=logger,  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]  # a str, checked above
+            logger=logger,
             callbacks=[*callbacks, *forgetting, *([OnlineProgress(stream)] if progress else [])],
             enable_progress_bar=progress,
             enable_model_summary=False,
             enable_checkpointing=False,
-            inference_mode=False,  # no_grad serves as well and spares the adapter a copy of each batch
+            inference_mode=False,  # no_grad is enough, and inference tensors would make the adapter copy each batch
         )
-        where = trainer.strategy.root_device.type
-        if where != "cpu":
-            module.finish = stream.finish
-        module.check_logits = stream.check_logits
-        try:
-            loader: Stream | DataLoader[Batch] = stream  # nothing to read ahead: a DataLoader would take 0.1 ms a batch
-            if num_workers or where != "cpu":
-                loader = stream.loader(num_workers, unfinished=where != "cpu", pin_memory=where == "cuda")
-            trainer.test(module, loader, verbose=False)
-            if trainer.received_sigterm:  # the Trainer itself does not look after the last batch
-                raise SIGTERMException
-        finally:
-            module.passes.detach()
+        module = OnlineModule(
+            adapter,
+            reset=stream.reset if reset is None else reset,
+            cost=stream.cost if cost is None else cost,
+            paused=stream.paused,
+            oracle_steps=oracle_steps,
+            finish=None if _on_cpu(trainer) else stream.finish,
+            check_logits=stream.check_logits,
+        )
+        _test(trainer, module, stream, num_workers)
     adapter.to(device)
     predictions = module.predictions()
-    method, config = methods.name_of(type(adapter)), as_dict(adapter.config)
-    manifest = {
-        "method": method,
+    return Result(
+        method=methods.name_of(type(adapter)),
+        stream=stream.name,
+        seed=stream.seed,
+        reset=module.reset,
+        rows=tuple(_rows([domain.name for domain in stream.domains], predictions)),
+        config=as_dict(adapter.config),
+        manifest=_manifest(module, stream, clean, precision, oracle_steps),
+        seconds=module.seconds,
+        skipped_updates=module.skipped_updates,
+        metrics={**module.metrics, **(forgetting[0].errors if forgetting else {})},
+        predictions=predictions,
+    )
+
+
+def _on_cpu(trainer: pl.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cpu"
+
+
+def _test(trainer: pl.Trainer, module: "OnlineModule", stream: Stream, num_workers: int) -> None:
+    """Run the module over the stream, read by workers or by this process."""
+    loader: Stream | DataLoader[Batch] = stream  # without workers a DataLoader would only add 0.1 ms per batch
+    if num_workers or not _on_cpu(trainer):
+        on_cuda = trainer.strategy.root_device.type == "cuda"
+        loader = stream.loader(num_workers, unfinished=not _on_cpu(trainer), pin_memory=on_cuda)
+    try:
+        trainer.test(module, loader, verbose=False)
+        if trainer.received_sigterm:  # the Trainer does not check after the last batch
+            raise SIGTERMException
+    finally:
+        module.passes.detach()
+
+
+def _manifest(
+    module: "OnlineModule", stream: Stream, clean: Stream | None, precision: str, oracle_steps: int
+) -> dict[str, Any]:
+    """The settings, data and environment that would reproduce a run."""
+    adapter = module.adapter
+    return {
+        "method": methods.name_of(type(adapter)),
         "preset": adapter.preset,
-        "config": config,
+        "config": as_dict(adapter.config),
         "model": {
             "spec": getattr(adapter.model, "spec", type(adapter.model).__name__),
             "weights": adapter.source_fingerprint,
@@ -156,19 +188,6 @@ def evaluate(
         "threads": torch.get_num_threads(),
         "environment": environment(),
     }
-    return Result(
-        method=method,
-        stream=stream.name,
-        seed=stream.seed,
-        reset=module.reset,
-        rows=tuple(_rows([domain.name for domain in stream.domains], predictions)),
-        config=config,
-        manifest=manifest,
-        seconds=module.seconds,
-        skipped_updates=module.skipped_updates,
-        metrics={**module.metrics, **(forgetting[0].errors if forgetting else {})},
-        predictions=predictions,
-    )
 
 
 def _rows(domains: Sequence[str], predictions: Predictions) -> Iterator[Row]:
@@ -179,7 +198,7 @@ def _rows(domains: Sequence[str], predictions: Predictions) -> Iterator[Row]:
 
 
 def reset_period(reset: str | int) -> tuple[str, int]:
-    """A reset in words, and the number of batches between two resets (0 for never, -1 for each domain).
+    """A reset by its name in results, and the number of batches between two resets (0: never, -1: each domain).
 
     Raises:
         ValueError: not ``never``, ``domain``, ``batch``, a positive number or ``"N batches"``.
@@ -194,15 +213,15 @@ def reset_period(reset: str | int) -> tuple[str, int]:
 
 
 def measure_cost(adapter: Adapter, images: Tensor, *, repeats: int = 10) -> float:
-    """Time the adapter takes to predict a batch and learn from it, over the time its model takes to predict it.
+    """Time of a step of the adapter on a batch, divided by the time its model takes to predict the batch; 1 or more.
 
-    Alfarra et al., "Evaluation of Test-Time Adaptation Under Computational Time Constraints", ICML 2024. The fastest of
-    some repeats each, in turn, on a copy: the adapter itself learns nothing. 1 or more.
+    Alfarra et al., "Evaluation of Test-Time Adaptation Under Computational Time Constraints", ICML 2024. The two run
+    alternately, and the fastest run of each counts. They run on a copy: the adapter itself learns nothing.
 
     Args:
-        adapter: where it is, in the state it has.
+        adapter: on its present device, in its present state.
         images: one batch, as the adapter takes it.
-        repeats: how many are timed; one before them is not.
+        repeats: number of timed runs, after one that is not timed.
     """
     trial = copy.deepcopy(adapter)
 
@@ -216,7 +235,7 @@ def measure_cost(adapter: Adapter, images: Tensor, *, repeats: int = 10) -> floa
     with isolate_rng(), torch.no_grad():
         times = [(seconds(trial), seconds(trial.model)) for _ in range(repeats + 1)]
     learning, predicting = (min(column) for column in zip(*times[1:], strict=True))
-    return max(1.0, learning / predicting)
+    return float(max(1.0, learning / predicting))
 
 
 def _wait_for(device: torch.device) -> None:
@@ -234,8 +253,11 @@ class OnlineModule(pl.LightningModule):
         adapter: made by :func:`tta.adapt`.
         reset: as in :func:`tta.evaluate`.
         cost: as in :func:`tta.evaluate`.
-        paused: for each batch whether it is predicted without learning; empty where all are learned from.
+        paused: for each batch whether it is predicted without learning; empty if none is.
         oracle_steps: as in :func:`tta.evaluate`.
+        finish: applied to each batch once its images are on the device, such as :meth:`tta.datasets.Stream.finish` for
+            an unfinished loader.
+        check_logits: called with the number of logits of the first batch; raises if the model has other classes.
     """
 
     def __init__(
@@ -246,6 +268,8 @@ class OnlineModule(pl.LightningModule):
         cost: float | str = 1.0,
         paused: Sequence[bool] = (),
         oracle_steps: int = 0,
+        finish: Callable[[Batch], Batch] | None = None,
+        check_logits: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__()
         if oracle_steps < 0:
@@ -261,11 +285,11 @@ class OnlineModule(pl.LightningModule):
         self._oracle_steps = oracle_steps
         self.seconds = 0.0
         self.device_name = "cpu"
-        self.finish: Callable[[Batch], Batch] | None = None  # what remains to be done to images once they are here
+        self.finish = finish
+        self.check_logits = check_logits
         self.metrics: dict[str, Any] = {}
         self.passes = Passes()
         self._record = Record()
-        self.check_logits: Callable[[int], None] | None = None  # raises where the model has other classes
         self._last_domain = -1
         self._skipped = 0
 
@@ -275,7 +299,7 @@ class OnlineModule(pl.LightningModule):
         return self._skipped + self.adapter.skipped_updates
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move the images alone: labels stay where no adapter can see them."""
+        """Move only the images: labels stay where no adapter can see them."""
         if isinstance(batch, Batch):
             images, labels, domain, index = batch
         else:
@@ -346,11 +370,11 @@ class OnlineModule(pl.LightningModule):
         }
 
     def predictions(self) -> Predictions:
-        """What was predicted so far, in stream order."""
+        """The predictions so far, in stream order."""
         return self._record.predictions()
 
     def wrong_and_known(self) -> tuple[int, int]:
-        """Errors and samples with a known class so far; waits for the device."""
+        """Errors and samples with a known class so far; synchronises the device."""
         return self._record.wrong_and_known()
 
     def _begin(self) -> None:
@@ -380,22 +404,22 @@ class OnlineModule(pl.LightningModule):
         return self._best_of_steps(batch) if self._oracle_steps else self.adapter.step(batch.images)
 
     def _best_of_steps(self, batch: Batch) -> Output:
-        """The prediction after the best of some steps on one batch, as its labels tell; the adapter goes on from there."""
+        """The best prediction, by the labels, after each of some steps on a batch; the adapter continues from that step."""
         best: tuple[float, float] | None = None
         for number in range(self._oracle_steps):
             self.adapter.step(batch.images)
             with self.adapter.paused():
                 output = self.adapter.step(batch.images)
-            worth = _worth(output.logits.cpu(), batch.labels)
-            if best is None or worth > best:
-                best, found, chosen, state = worth, output, number, self.adapter.state_dict()
+            quality = _quality(output.logits.cpu(), batch.labels)
+            if best is None or quality > best:
+                best, found, chosen, state = quality, output, number, self.adapter.state_dict()
         if chosen < self._oracle_steps - 1:
             self.adapter.load_state_dict(state)
         return found
 
 
-def _worth(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """How many predictions are right, then minus the sum of their cross-entropies; over known classes."""
+def _quality(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Number of correct predictions, then minus the sum of cross-entropies, over known classes; higher is better."""
     known = labels != UNKNOWN
     logits, labels = logits[known], labels[known]
     return float((logits.argmax(1) == labels).sum()), -float(
@@ -405,7 +429,7 @@ def _worth(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the trainer's banners, tips and hints about the data loader; errors still show."""
+    """Silence the trainer's banners, tips and data loader hints; errors are still shown."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

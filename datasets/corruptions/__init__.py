@@ -1,4 +1,4 @@
-"""Corruptions: nineteen ways to damage images, in both published recipes."""
+"""Nineteen corruptions of images, in both published recipes."""
 
 from tta.datasets.corruptions.recipes import (
     CORRUPTIONS,

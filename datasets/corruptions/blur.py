@@ -1,4 +1,4 @@
-"""The blurs: what each draws (``draw_...``), what each does; the constants are in ``corruptions.py``."""
+"""Blur corruptions: their draws (``draw_...``) and their effect; the constants are in ``recipes.py``."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tta.datasets.corruptions import draws as random
@@ -13,7 +14,7 @@ from tta.datasets.corruptions import pixels
 from tta.datasets.corruptions.draws import Draws, Keys, Setting, Size
 from tta.datasets.corruptions.pixels import to_uint8, unit
 
-_NEGLIGIBLE = 1e-9  # a weight that changes no grey level
+_NEGLIGIBLE = 1e-9  # smaller weights change no grey level
 
 
 def gaussian_blur(images: Tensor, draws: Draws, sigma: float) -> Tensor:
@@ -21,10 +22,11 @@ def gaussian_blur(images: Tensor, draws: Draws, sigma: float) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _disk(radius: float, alias_sigma: float) -> np.ndarray:
-    """The antialiased disk of the recipe, an odd square of weights.
+def _disk(radius: float, alias_sigma: float) -> NDArray[np.float64]:
+    """The antialiased disk of the recipe, a square of weights with odd sides.
 
-    As published, radii 8 and 10 touch the square's border, gain by its reflection, and brighten images by about 1 %.
+    As published, disks of radius 8 and 10 touch the border of the square; its reflection adds to their weights and
+    brightens images by about 1 %.
     """
     half = 8 if radius <= 8 else math.ceil(radius)
     soft = 1 if radius <= 8 else 2
@@ -36,7 +38,7 @@ def _disk(radius: float, alias_sigma: float) -> np.ndarray:
     return np.asarray(sum(w * padded[:, k : k + len(grid)] for k, w in enumerate(weights)))
 
 
-def defocus_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
+def defocus_blur(images: Tensor, draws: Draws, setting: tuple[float, float]) -> Tensor:
     kernel = _disk(*setting)
     reach = len(kernel) // 2
     height, width = images.shape[2:]
@@ -47,7 +49,7 @@ def defocus_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
         if max(weights) < _NEGLIGIBLE:
             continue
         pair = padded[..., row : row + height, :]
-        if row < reach:  # the kernel is its own mirror image: rows of equal weights are added up first
+        if row < reach:  # the kernel is symmetric: add the two rows with equal weights first
             pair = pair + padded[..., 2 * reach - row : 2 * reach - row + height, :]
         for column, weight in enumerate(weights):
             if weight > _NEGLIGIBLE:
@@ -55,7 +57,7 @@ def defocus_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
     return out
 
 
-def draw_neighbours(keys: Keys, setting: Setting, size: Size) -> Draws:
+def draw_neighbours(keys: Keys, setting: tuple[float, int, int], size: Size) -> Draws:
     _, reach, passes = setting
 
     def offsets(axis: str) -> Tensor:
@@ -65,7 +67,7 @@ def draw_neighbours(keys: Keys, setting: Setting, size: Size) -> Draws:
     return {"rows": offsets("rows"), "columns": offsets("columns")}
 
 
-def glass_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
+def glass_blur(images: Tensor, draws: Draws, setting: tuple[float, int, int]) -> Tensor:
     """Smooth, let each pixel copy a neighbour, smooth again.
 
     The published line swaps ``x[h, w]`` and ``x[h', w']`` of an array (H, W, 3), which are views: the second assignment
@@ -80,8 +82,8 @@ def glass_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
     for number in range(passes):
         offset = draws["rows"][:, number].long() * width + draws["columns"][:, number].long()
         source = torch.where(visited, pixel + offset.flatten(1), pixel)
-        # Pixels are visited from the last to the first. A source that was visited before holds a copy itself: follow
-        # the chain to its end, doubling the stride. With offsets of -1 and 0 no source was, and the pass is one gather.
+        # Pixels are visited from the last to the first. A source visited before holds a copy itself: follow the chain to
+        # its end, doubling the stride. With offsets of -1 and 0 no source was visited, and the pass is one gather.
         link = torch.where(visited[source] & (source > pixel), source, pixel)
         while not torch.equal(further := link.gather(1, link), link):
             link = further
@@ -97,12 +99,12 @@ def draw_angle(low: float, high: float) -> Callable[[Keys, Setting, Size], Draws
     return angle
 
 
-def motion_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
+def motion_blur(images: Tensor, draws: Draws, setting: tuple[float, float]) -> Tensor:
     return pixels.motion(unit(images), draws["angle"], *setting)
 
 
-def zoom_blur(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
-    factors = np.arange(*setting)  # as published: whether the end is among them hangs on its rounding error
+def zoom_blur(images: Tensor, draws: Draws, setting: tuple[float, float, float]) -> Tensor:
+    factors = np.arange(*setting)  # as published: rounding error decides whether the end is included
     x = unit(images.permute(2, 3, 0, 1).contiguous())
     out = x.clone()
     for factor in factors.tolist():

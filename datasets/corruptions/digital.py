@@ -1,8 +1,11 @@
-"""Corruptions by light, processing and storage: what each draws (``draw_...``), what each does; the constants are in
-``corruptions.py``."""
+"""Corruptions by light, processing and storage: their draws (``draw_...``) and their effect; the constants are in
+``recipes.py``."""
+
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.io import decode_jpeg, encode_jpeg
 
@@ -16,19 +19,19 @@ def brightness(images: Tensor, draws: Draws, lift: float) -> Tensor:
     x = unit(images)
     value = x.amax(1, keepdim=True)
     lifted = (value + lift).clamp(max=1)
-    # hue and saturation stay: the channels keep their ratios; black has no hue and becomes grey
+    # Hue and saturation stay if the channels keep their ratios. Black has no hue and becomes grey.
     return torch.where(value > 0, x / value.clamp(min=1 / 255) * lifted, lifted)
 
 
-def saturate(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
+def saturate(images: Tensor, draws: Draws, setting: tuple[float, float]) -> Tensor:
     times, plus = setting
     x = unit(images)
     value = x.amax(1, keepdim=True)
-    below = value - x  # hue and value stay: the channels keep the ratios of their distances to the largest one
+    below = value - x  # hue and value stay if the channels keep the ratios of their distances to the largest one
     spread = below.amax(1, keepdim=True)
     saturation = spread / value.clamp(min=1 / 255)
     target = (saturation * times + plus).clamp(0, 1)
-    # grey has no hue; the published code makes it red
+    # Grey has no hue; the published code makes it red.
     red = torch.tensor([0.0, 1.0, 1.0], device=x.device)[:, None, None]
     return value - value * target * torch.where(spread > 0, below / spread.clamp(min=1 / 255), red)
 
@@ -44,7 +47,7 @@ def draw_elastic(keys: Keys, setting: Setting, size: Size) -> Draws:
     return {what: (random.uniform(keys(what), shape) * 2 - 1).float() for what, shape in shapes.items()}
 
 
-def elastic_transform(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
+def elastic_transform(images: Tensor, draws: Draws, setting: tuple[float, float, float]) -> Tensor:
     amplitude, sigma, jitter = setting
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device, dtype=torch.float64)[:, None]
@@ -64,13 +67,14 @@ def elastic_transform(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
 
 
 def _affine_back(points: Tensor, moved: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where (x, y) came from under the affine map that takes three points (3, 2) to (n, 3, 2): (n, h, w) each."""
+    """Points (x, y) mapped back by the affine map that moves three points (3, 2) to (n, 3, 2): (n, h, w) each."""
     edges = points[:2] - points[2]
     (ax, ay), (bx, by) = ((moved[:, k] - moved[:, 2])[:, :, None, None].unbind(1) for k in (0, 1))
     px, py = (grid - origin[:, None, None] for grid, origin in zip((x, y), moved[:, 2].unbind(1), strict=True))
     area = ax * by - ay * bx
     a, b = (px * by - py * bx) / area, (py * ax - px * ay) / area  # (x, y) in terms of the moved edges
-    return tuple(points[2, k] + a * edges[0, k] + b * edges[1, k] for k in (0, 1))  # type: ignore[return-value]
+    back_x, back_y = (points[2, k] + a * edges[0, k] + b * edges[1, k] for k in (0, 1))
+    return back_x, back_y
 
 
 def pixelate(images: Tensor, draws: Draws, share: float) -> Tensor:
@@ -80,7 +84,7 @@ def pixelate(images: Tensor, draws: Draws, share: float) -> Tensor:
 
 
 def _box_resize(images: Tensor, dim: int, length: int) -> Tensor:
-    """Pillow's BOX filter along one dimension, uint8 -> uint8: mean of the pixels whose centres fall into the box."""
+    """Pillow's BOX filter along one dimension, uint8 -> uint8: mean of the pixels with their centre in the box."""
     there = images.shape[dim]
     scale = there / length
     box = max(scale, 1.0)
@@ -90,7 +94,7 @@ def _box_resize(images: Tensor, dim: int, length: int) -> Tensor:
     first, count = inside.argmax(0), inside.sum(0)
     shape = (length, 1) if dim == 2 else (length,)
 
-    def tensor(values: np.ndarray) -> Tensor:
+    def tensor(values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(images.device)
 
     size = list(images.shape)

@@ -1,6 +1,6 @@
-"""Counter-based random numbers: each is a hash of (image number, seed, purpose, position), so drawing has no order.
+"""Counter-based random numbers: each is a hash of (image number, seed, purpose, position), independent of drawing order.
 
-The same numbers come out on every device and in every batch. The mixing function is the finaliser of SplitMix64
+The numbers are the same on every device and in every batch. The mixing function is the finaliser of SplitMix64
 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) on wrapping int64 tensors.
 """
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 Draws = dict[str, Tensor]  # the random numbers of one corruption, (n, ...) each
-Keys = Callable[[str], Tensor]  # what the numbers are for -> (n,), see `keys`
+Keys = Callable[[str], Tensor]  # purpose of the numbers -> (n,), see `keys`
 Setting = Any  # a corruption's constants at one severity: a number or a tuple, as its functions take it
 Size = tuple[int, int]  # height, width
 
 
 def _signed(value: int) -> int:
-    """The int64 that has the lowest 64 bits of a whole number."""
+    """The int64 with the lowest 64 bits of an integer."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
@@ -30,9 +30,9 @@ _FACTOR_2 = _signed(0x94D049BB133111EB)
 
 
 def _mix_(z: Tensor, rounds: int = 1) -> Tensor:
-    """SplitMix64's finaliser, in place: int64 -> int64, a bijection whose every output bit hangs on every input bit."""
+    """SplitMix64's finaliser, in place: int64 -> int64, a bijection; every output bit depends on every input bit."""
     for _ in range(rounds):
-        # torch shifts int64 arithmetically; the masks make the shifts logical
+        # torch shifts int64 arithmetically; the masks make the shifts logical.
         z.bitwise_xor_((z >> 30).bitwise_and_(2**34 - 1)).mul_(_FACTOR_1)
         z.bitwise_xor_((z >> 27).bitwise_and_(2**37 - 1)).mul_(_FACTOR_2)
         z.bitwise_xor_((z >> 31).bitwise_and_(2**33 - 1))
@@ -40,12 +40,12 @@ def _mix_(z: Tensor, rounds: int = 1) -> Tensor:
 
 
 def keys(index: Tensor, *, seed: int, purpose: str) -> Tensor:
-    """One starting point of a random sequence for each image.
+    """The starting point of a random sequence for each image.
 
     Args:
         index: (n,), int64, image numbers.
-        seed: any whole number.
-        purpose: what the numbers are for; other purposes get unrelated sequences.
+        seed: any integer.
+        purpose: name of their use; different purposes get unrelated sequences.
 
     Returns:
         (n,), int64.

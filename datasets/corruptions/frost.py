@@ -1,7 +1,7 @@
-"""Pictures of frost for the corruption of that name: a procedural texture, or a folder of photographs.
+"""Pictures for the corruption ``frost``: a procedural texture, or a folder of photographs.
 
-The photographs of the published generator are not ours to ship. The texture stands in for them: patches of needle-like
-crystals over dark ground, in cool grey-blue, at the scale of the recipe: CIFAR's shrinks the photographs to a fifth.
+We may not ship the photographs of the published generator. The texture replaces them: patches of needle-like crystals on
+a dark background, in cool grey-blue, at the scale of the recipe (CIFAR's shrinks the photographs to a fifth).
 """
 
 import math
@@ -16,11 +16,11 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from tta.datasets.corruptions import draws
 
 SIDE = {"cifar": 256, "imagenet": 512}  # of a texture, in pixels; it repeats seamlessly
-# of its crystals; five times larger, as in the photographs, too few of them would fall into an image of 224 pixels
+# Scale of the crystals. With 5, as in the photographs, an image of 224 pixels would show too few of them.
 _SCALE = {"cifar": 1.0, "imagenet": 3.0}
-_STRIDE = {"cifar": 5, "imagenet": 1}  # of the photographs' pixels that are used
+_STRIDE = {"cifar": 5, "imagenet": 1}  # of the used pixels of a photograph
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
-# Mean, standard deviation of the five textures before clipping: between thin and dense, .45 and .2 on average.
+# Mean and standard deviation of the five textures before clipping, from thin to dense; on average .45 and .2.
 _LOOKS = ((0.45, 0.20), (0.38, 0.21), (0.52, 0.19), (0.41, 0.22), (0.49, 0.18))
 _TINT = (0.93, 1.0, 1.07)  # ice is slightly blue
 _ORIENTATIONS = 7
@@ -32,7 +32,7 @@ def pictures(recipe: str, folder: str | Path | None, size: tuple[int, int]) -> S
         copies = [math.ceil(side / SIDE[recipe]) for side in size]
         return [texture.repeat(1, *copies) for texture in textures(recipe)]
     every = _STRIDE[recipe]
-    # OpenCV's linear resize to 20 % puts each output pixel on the middle one of five
+    # OpenCV's linear resize to 20 % takes the middle one of five pixels.
     return [photo[:, every // 2 :: every, every // 2 :: every] for photo in photographs(folder)]
 
 
@@ -46,7 +46,7 @@ def photographs(folder: str | Path) -> tuple[Tensor, ...]:
     """All pictures of a folder (.png, .jpg, .jpeg), sorted by name: uint8 (3, height, width) each, on the CPU.
 
     Raises:
-        ValueError: the folder does not exist or holds no picture.
+        ValueError: the folder does not exist or has no picture.
     """
     files = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in _SUFFIXES)
     if not files:
@@ -72,7 +72,7 @@ def _texture(number: int, mean: float, std: float, side: int, scale: float) -> T
         layers = [weight * _ridged(smooth(field, along, across, angle)) for weight, along, across in sizes]
         return _standard(torch.stack(layers).sum(0))
 
-    # Crystals grow in patches: one orientation prevails in each, chosen by the largest of smooth random fields.
+    # Crystals grow in patches: each has one main orientation, chosen by the largest of smooth random fields.
     patches = torch.stack([smooth(n, 12.0, 12.0) for n in range(_ORIENTATIONS, 2 * _ORIENTATIONS)])
     crystals = torch.stack([needles(n) for n in range(_ORIENTATIONS)])
     feathers = (crystals * (2.5 * patches).softmax(0)).sum(0)
@@ -80,7 +80,7 @@ def _texture(number: int, mean: float, std: float, side: int, scale: float) -> T
     grains = smooth(-2, 0.6, 0.6)
     cover = smooth(-3, 24.0, 24.0)
     height = _standard(_standard(feathers) + 0.7 * veins + 0.35 * grains + 0.8 * cover)
-    # Bright crystals over dark ground: the distribution leans to the dark side, with a bright tail.
+    # Bright crystals on a dark background: the exponential gives a mostly dark distribution with a bright tail.
     height = _standard(height.mul(0.45).exp())
     tint = torch.tensor(_TINT, dtype=height.dtype)[:, None, None]
     return ((mean + std * height) * tint).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -92,7 +92,7 @@ def _ridged(field: Tensor) -> Tensor:
 
 
 def _smooth(waves: Tensor, along: float, across: float, angle: float) -> Tensor:
-    """Noise, given its transform, under a Gaussian of these sigmas (pixels), turned; periodic, mean 0, deviation 1."""
+    """Noise, given by its transform, smoothed by a rotated Gaussian (sigmas in pixels); periodic, mean 0, deviation 1."""
     rows, columns = torch.meshgrid(*[torch.fft.fftfreq(len(waves), dtype=torch.float64)] * 2, indexing="ij")
     u = columns * math.cos(angle) + rows * math.sin(angle)
     v = rows * math.cos(angle) - columns * math.sin(angle)

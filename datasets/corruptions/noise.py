@@ -1,4 +1,4 @@
-"""The noise corruptions: what each draws (``draw_...``), what each does; the constants are in ``corruptions.py``."""
+"""Noise corruptions: their draws (``draw_...``) and their effect; the constants are in ``recipes.py``."""
 
 import math
 from functools import lru_cache
@@ -30,9 +30,9 @@ def draw_uniform(keys: Keys, setting: Setting, size: Size) -> Draws:
 
 @lru_cache(maxsize=32)
 def _poisson_table(photons: float) -> Tensor:
-    """Distribution functions of the 256 grey levels, each raised by its level: one increasing sequence, float64.
+    """Cumulative Poisson distributions of the 256 grey levels, each plus its level: one increasing sequence, float64.
 
-    Counts from ``photons`` on are white whatever they are, so each row ends before that count.
+    Counts of ``photons`` and more are white, so each row ends before that count.
     """
     counts = torch.arange(math.ceil(photons), dtype=torch.float64)
     levels = torch.arange(256, dtype=torch.float64)[:, None]

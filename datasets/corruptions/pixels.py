@@ -1,7 +1,7 @@
-"""What several corruptions do to pixels: borders, smoothing, resampling, and the recipe's last step.
+"""Pixel operations shared by several corruptions: borders, smoothing, resampling, and the recipe's last step.
 
-Sums are written as loops over kernel taps and never as a convolution or matrix product: those choose another order of
-summation for another batch size, and the last step of the recipe, truncation to uint8, shows every rounding error.
+Sums are loops over kernel taps, never a convolution or matrix product: the order of summation of those depends on the
+batch size, and the last step of the recipe, truncation to uint8, makes every rounding error visible.
 """
 
 import math
@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Border = Callable[[Tensor, int], Tensor]
 
-# in grey levels: above the rounding error of the type, far below what anybody sees
+# In grey levels: above the rounding error of the dtype, far below a visible difference.
 _GUARD = {torch.float32: 2.0**-10, torch.float64: 2.0**-20}
 
 
@@ -23,10 +24,10 @@ def unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """The recipe's last step: clip to [0, 1], times 255, truncate. uint8 stays as it is.
+    """The recipe's last step: clip to [0, 1], times 255, truncate. uint8 images are not changed.
 
-    A value that rounding error has pushed just below a whole grey level counts as that level: without the guard, a
-    flat white region comes out of a blur as 254 or 255 by chance of device.
+    A value just below a whole grey level by rounding error counts as that level: without the guard, a blurred white
+    region becomes 254 on one device and 255 on another.
     """
     return x if x.dtype == torch.uint8 else (x.clamp(0, 1) * 255 + _GUARD[x.dtype]).to(torch.uint8)
 
@@ -59,10 +60,11 @@ def _padded(x: Tensor, dim: int, reach: int, border: Border) -> Tensor:
     return x.index_select(dim, border(torch.arange(-reach, length + reach, device=x.device), length))
 
 
-def gaussian_weights(sigma: float, reach: int) -> np.ndarray:
+def gaussian_weights(sigma: float, reach: int) -> NDArray[np.float64]:
     """The Gaussian at -reach .. reach, summing to 1."""
-    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-12)) ** 2)
-    return weights / weights.sum()
+    weights: NDArray[np.float64] = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-12)) ** 2)
+    weights /= weights.sum()
+    return weights
 
 
 def gaussian(x: Tensor, sigma: float, border: Border, truncate: float = 4.0) -> Tensor:
@@ -76,8 +78,8 @@ def gaussian(x: Tensor, sigma: float, border: Border, truncate: float = 4.0) -> 
     return x
 
 
-def _weighted(x: Tensor, dim: int, weights: np.ndarray, border: Border) -> Tensor:
-    """Correlation along one dimension, a step for each tap."""
+def _weighted(x: Tensor, dim: int, weights: NDArray[np.float64], border: Border) -> Tensor:
+    """Correlation along one dimension, one step per tap."""
     length = x.shape[dim]
     around = _padded(x, dim, len(weights) // 2, border)
     out = torch.zeros_like(x)
@@ -86,8 +88,8 @@ def _weighted(x: Tensor, dim: int, weights: np.ndarray, border: Border) -> Tenso
     return out
 
 
-def _folded(x: Tensor, dim: int, weights: np.ndarray, border: Border) -> Tensor:
-    """The same for a kernel longer than the image: what the border repeats is added up first, a step a pixel."""
+def _folded(x: Tensor, dim: int, weights: NDArray[np.float64], border: Border) -> Tensor:
+    """The same for a kernel longer than the image: sums the weights of repeated pixels first; one step per pixel."""
     length, reach = x.shape[dim], len(weights) // 2
     target = torch.arange(length)[:, None]
     source = border(target + torch.arange(-reach, reach + 1), length)
@@ -137,10 +139,10 @@ def centre_zoom(x: Tensor, factor: float) -> Tensor:
 
 
 def motion(x: Tensor, angle: Tensor, radius: float, sigma: float) -> Tensor:
-    """Blur along a line that leaves each pixel of (n, c, h, w) at an angle (n,), in degrees clockwise from the right.
+    """Blur of (n, c, h, w) along a line from each pixel at an angle (n,), in degrees clockwise from the right.
 
-    The published generator calls ImageMagick's motion blur: width 2 radius + 1, the radius rounded up, half a Gaussian,
-    offsets rounded to whole pixels, edge pixels repeated, the result rounded to 8 bits.
+    The published generator calls ImageMagick's motion blur: width 2 radius + 1 with the radius rounded up, half a
+    Gaussian, offsets rounded to whole pixels, repeated edge pixels, result rounded to 8 bits.
     """
     width_of_blur = 2 * math.ceil(radius) + 1
     steps = torch.arange(width_of_blur, device=x.device)
@@ -155,5 +157,5 @@ def motion(x: Tensor, angle: Tensor, radius: float, sigma: float) -> Tensor:
     for step, weight in enumerate((weights / weights.sum()).tolist()):
         r = nearest(rows + down[:, step, None, None], height)
         c = nearest(columns + right[:, step, None, None], width)
-        out += at(x, *torch.broadcast_tensors(r, c)) * weight
+        out += at(x, *torch.broadcast_tensors(r, c)) * weight  # type: ignore[no-untyped-call]
     return (out * 255).round() / 255

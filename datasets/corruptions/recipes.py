@@ -1,17 +1,17 @@
 """The common corruptions at five severities, as batched tensor operations on the images' device.
 
 Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019.
-The constants and the steps are those of the published generator; its random draws are not reproducible, ours are: each
+The constants and the steps are those of the published generator. Its random draws are not reproducible; ours are: each
 is a hash of image number, seed, corruption and severity (``tta.datasets.corruptions.draws``). Drawing (:func:`draw`) and
-applying (:func:`apply`) are separate, so that known draws can be put in.
+applying (:func:`apply`) are separate, so that known draws can be used.
 
-Between whole severities the constants are interpolated linearly, from what leaves the image alone at 0, as the generator of
-Press et al., "RDumb: A simple approach that questions our progress in continual test-time adaptation", NeurIPS 2023,
-does it for the ImageNet recipe of fourteen of them and brightness: the noise of a photon count and not the count itself
-for shot noise; reach and passes of glass blur, and the quality of a JPEG, rounded to whole numbers; the radius of a
-motion blur rounded up. Ours where that generator says nothing: the other recipe, the three other corruptions (spatter
-has whole severities only, water does not turn into mud by steps), and defocus blur at 4.25 and 4.75, whose disk here has
-a centre pixel (there it has none, which moves the image by half a pixel).
+Between whole severities the constants are interpolated linearly, starting at severity 0, which does not change the image.
+This follows the generator of Press et al., "RDumb: A simple approach that questions our progress in continual test-time
+adaptation", NeurIPS 2023, for the ImageNet recipe of fourteen corruptions and brightness. Special cases: for shot noise
+the inverse of the photon count is interpolated; reach and passes of glass blur and the quality of a JPEG are rounded to
+integers; the radius of a motion blur is rounded up. Cases that the generator does not cover are ours: the other recipe;
+the three other corruptions (spatter has whole severities only, because water cannot turn into mud gradually); and defocus
+blur at 4.25 and 4.75, whose disk here has a centre pixel (there it has none, which moves the image by half a pixel).
 """
 
 import difflib
@@ -51,7 +51,7 @@ VALIDATION_CORRUPTIONS: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "sp
 RECIPES: tuple[str, ...] = ("cifar", "imagenet")
 HIGHEST, QUARTERS = 5, 4  # severities are 0 to 5 in steps of a quarter
 
-_VALUES_AT_ONCE = 2**19  # larger batches are worked through in parts: intermediate results stay in cache and bounded
+_VALUES_AT_ONCE = 2**19  # larger batches are processed in parts, so that intermediate results stay in the cache
 
 
 def corrupt(
@@ -69,11 +69,11 @@ def corrupt(
     Args:
         images: (n, 3, height, width), uint8.
         name: one of ``CORRUPTIONS`` or ``VALIDATION_CORRUPTIONS``.
-        severity: 1 to 5; in between and down to 0, which leaves the images alone, in steps of 0.25.
+        severity: 0 to 5 in steps of 0.25; the data sets have 1 to 5, and 0 does not change the images.
         seed: of the draws.
-        recipe: whose constants; ``"cifar"`` is made for images of about 32 pixels, ``"imagenet"`` for about 224.
-        index: (n,), int64, image numbers that seed the draws; ``0 .. n-1`` if left out.
-        frost_photographs: folder of pictures that ``frost`` uses in place of the procedural texture; the others
+        recipe: set of constants; ``"cifar"`` is for images of about 32 pixels, ``"imagenet"`` for about 224.
+        index: (n,), int64, image numbers that seed the draws; default: ``0 .. n-1``.
+        frost_photographs: folder of pictures that ``frost`` uses instead of the procedural texture; other corruptions
             ignore it.
 
     Returns:
@@ -120,16 +120,16 @@ def draw(
     recipe: str = "cifar",
     device: torch.device | str | None = None,
 ) -> Draws:
-    """The random numbers of one corruption, and nothing else: what :func:`apply` then uses. All are (n, ...).
+    """The random numbers of one corruption, for :func:`apply`. All are (n, ...).
 
     ============== =================================================================================================
     gaussian_noise ``noise`` (3, H, W) standard normal; speckle_noise too
-    shot_noise     ``uniform`` (3, H, W) float64 in [0, 1): where in the Poisson distribution a value falls
+    shot_noise     ``uniform`` (3, H, W) float64 in [0, 1): quantile of the Poisson distribution of a value
     impulse_noise  ``uniform`` (3, H, W) in [0, 1): below half the fraction gives 0, below the fraction gives 1
-    glass_blur     ``rows``, ``columns`` (passes, H, W) int8: whom each pixel copies, as offsets
+    glass_blur     ``rows``, ``columns`` (passes, H, W) int8: offsets of the pixel that each pixel copies
     motion_blur    ``angle`` () in degrees
     snow           ``layer`` (H, W) standard normal; ``angle`` () in degrees
-    frost          ``picture``, ``top``, ``left`` () in [0, 1): which picture, where its crop begins
+    frost          ``picture``, ``top``, ``left`` () in [0, 1): choice of the picture, start of its crop
     fog            ``plasma`` (S, S) in [-1, 1): the displacement of each point; S is the power of 2 that covers H and W
     elastic_transform ``points`` (3, 2) in [-1, 1): jitter of three points (x, y); ``rows``, ``columns`` (H, W) in
                    [-1, 1): the raw displacement fields
@@ -141,14 +141,14 @@ def draw(
     Args:
         name: one of ``CORRUPTIONS`` or ``VALIDATION_CORRUPTIONS``.
         index: (n,), int64, image numbers.
-        severity: as :func:`corrupt`; each has draws of its own, as in the published data sets.
-        seed: any whole number.
+        severity: as in :func:`corrupt`; each severity has its own draws, as in the published data sets.
+        seed: any integer.
         size: (height, width) of the images.
-        recipe: whose constants.
-        device: where the numbers are made; the index's if left out. They are the same on each.
+        recipe: set of constants.
+        device: of the numbers, which are the same on every device; default: that of ``index``.
 
     Raises:
-        ValueError: unknown name, severity or recipe; an index that is no list of whole numbers.
+        ValueError: unknown name, severity or recipe; an index that is not a list of integers.
     """
     setting = constants(name, severity, recipe)
     if not severity:
@@ -175,21 +175,21 @@ def apply(
     recipe: str = "cifar",
     frost_photographs: str | Path | None = None,
 ) -> Tensor:
-    """Damage images with given draws: what :func:`corrupt` does after :func:`draw`.
+    """Damage images with given draws: the second step of :func:`corrupt`, after :func:`draw`.
 
     Args:
         name: one of ``CORRUPTIONS`` or ``VALIDATION_CORRUPTIONS``.
         images: (n, 3, height, width), uint8.
-        draws: as :func:`draw` gives them, on the images' device.
-        severity: as :func:`corrupt`.
-        recipe: whose constants.
-        frost_photographs: folder of pictures that ``frost`` uses in place of the procedural texture.
+        draws: from :func:`draw`, on the images' device.
+        severity: as in :func:`corrupt`.
+        recipe: set of constants.
+        frost_photographs: folder of pictures that ``frost`` uses instead of the procedural texture.
 
     Returns:
         (n, 3, height, width), uint8, on the images' device.
 
     Raises:
-        ValueError: as :func:`corrupt`.
+        ValueError: as in :func:`corrupt`.
     """
     constants(name, severity, recipe)
     _check_images(images)
@@ -213,7 +213,7 @@ def _frost_pictures(name: str, recipe: str, folder: str | Path | None, size: Siz
 
 
 def constants(name: str, severity: float, recipe: str) -> Setting:
-    """The constants of a corruption at a severity; everything unknown is refused here."""
+    """The constants of a corruption at a severity; raises a ValueError for an unknown name, recipe or severity."""
     if name not in _TABLE:
         match = difflib.get_close_matches(str(name), _TABLE, n=1, cutoff=0.5)
         hint = f" Did you mean '{match[0]}'?" if match else ""
@@ -263,7 +263,7 @@ def _swaps(below: Setting, above: Setting, share: float) -> Setting:
 
 
 def _whole(below: int, above: int, share: float) -> int:
-    return round(_linear(below, above, share))
+    return round(float(_linear(below, above, share)))
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ _TABLE: dict[str, _Corruption] = {
         cifar=((1, 1, 0.01), (1, 1.06, 0.01), (1, 1.11, 0.01), (1, 1.16, 0.01), (1, 1.21, 0.01), (1, 1.26, 0.01)),
         imagenet=((1, 1, 0.01), (1, 1.11, 0.01), (1, 1.16, 0.01), (1, 1.21, 0.02), (1, 1.26, 0.02), (1, 1.31, 0.03)),
     ),
-    # mean, standard deviation, zoom, threshold, radius, sigma, what is kept of the image
+    # mean, standard deviation, zoom, threshold, radius, sigma, share of the image that is kept
     "snow": _Corruption(
         weather.draw_snow,
         weather.snow,
@@ -374,7 +374,7 @@ _TABLE: dict[str, _Corruption] = {
     "brightness": _Corruption(
         _draw_nothing, digital.brightness, cifar=(0, 0.05, 0.1, 0.15, 0.2, 0.3), imagenet=(0, 0.1, 0.2, 0.3, 0.4, 0.5)
     ),
-    # what is kept of the contrast
+    # share of the contrast that is kept
     "contrast": _Corruption(
         _draw_nothing, digital.contrast, cifar=(1, 0.75, 0.5, 0.4, 0.3, 0.15), imagenet=(1, 0.4, 0.3, 0.2, 0.1, 0.05)
     ),
@@ -385,7 +385,7 @@ _TABLE: dict[str, _Corruption] = {
         cifar=_times(
             32, (0, 0, 0), (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
         ),
-        # 244 and not 224: a slip of the published code, which its files have
+        # 244 instead of 224 is a mistake in the published code, and so in the published files.
         imagenet=(
             (0, 999, 0),
             *_times(244, (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),

@@ -1,7 +1,7 @@
-"""Spatter, drops of water or mud on the lens: what it draws, what it does; the constants are in ``corruptions.py``.
+"""Spatter, drops of water or mud on the lens: its draws and its effect; the constants are in ``recipes.py``.
 
 Water is shaded by the distance to the drops' edges. The published code finds edges and distances with OpenCV; here
-they are the same integer arithmetic on a batch.
+the same integer arithmetic runs on a batch.
 """
 
 import torch
@@ -15,10 +15,10 @@ from tta.datasets.corruptions.pixels import to_uint8, unit
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
 _MUD = (63 / 255, 42 / 255, 20 / 255)
-_WEAK, _STRONG = 50, 150  # gradients of an edge's pixels: of each, of one at least
-_ONE = 2**16  # distances are whole multiples of 1 / 65536 pixel
-_ACROSS, _DIAGONAL, _KNIGHT = _ONE, round(1.4 * _ONE), round(2.1969 * _ONE)  # lengths of the moves they are made of
-_FAR = 20 * _ONE  # larger distances count as this one
+_WEAK, _STRONG = 50, 150  # minimum gradient of all pixels of an edge, and of at least one of them
+_ONE = 2**16  # a pixel: distances are integers, in 1 / 65536 pixel
+_ACROSS, _DIAGONAL, _KNIGHT = _ONE, round(1.4 * _ONE), round(2.1969 * _ONE)  # lengths of the steps
+_FAR = 20 * _ONE  # maximum distance
 _EMBOSS = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 
 
@@ -46,10 +46,10 @@ def _mud(x: Tensor, layer: Tensor, threshold: float, sigma: float) -> Tensor:
 
 
 def _edges(levels: Tensor) -> Tensor:
-    """Canny's edges of grey levels, int32 (n, h, w) -> bool: ridges of the gradient that hold a strong pixel.
+    """Canny's edges of grey levels, int32 (n, h, w) -> bool: ridges of the gradient with at least one strong pixel.
 
-    Canny, "A Computational Approach to Edge Detection", IEEE TPAMI 1986; gradients by Sobel's filter, their size
-    |dx| + |dy|, as OpenCV has it.
+    Canny, "A Computational Approach to Edge Detection", IEEE TPAMI 1986; gradients by Sobel's filter, with size
+    |dx| + |dy| as in OpenCV.
     """
     height, width = levels.shape[1:]
     around = pixels.padded(levels, 1, pixels.nearest)
@@ -62,10 +62,10 @@ def _edges(levels: Tensor) -> Tensor:
     def ridge(down: int, right: int) -> Tensor:
         before = beside[:, 1 - down : 1 - down + height, 1 - right : 1 - right + width]
         after = beside[:, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
-        # of two equal pixels side by side the first is the ridge; of two diagonal ones neither is
+        # Of two equal pixels side by side the first is the ridge; of two equal diagonal ones neither is.
         return (size > before) & ((size > after) if down and right else (size >= after))
 
-    tangent = 13573  # of 22.5 degrees, times 2^15
+    tangent = 13573  # tan 22.5 degrees, times 2^15
     flat = (dy.abs() << 15) < dx.abs() * tangent
     steep = (dy.abs() << 15) > dx.abs() * (tangent + 2**16)  # tan 67.5 = tan 22.5 + 2
     diagonal = torch.where((dx ^ dy) < 0, ridge(1, -1), ridge(1, 1))
@@ -93,7 +93,7 @@ def _sweep(distance: Tensor) -> Tensor:
     ramp = torch.arange(width, dtype=torch.int32, device=distance.device) * _ACROSS
     above = distance.new_tensor([_KNIGHT, _DIAGONAL, _ACROSS, _DIAGONAL, _KNIGHT])
     further_above = distance.new_tensor([_KNIGHT, _FAR, _KNIGHT])
-    # two rows above the image and two columns on each side are far from everything
+    # Two rows above the image and two columns on each side have the maximum distance.
     out = distance.new_full((count, height + 2, width + 4), _FAR)
     for row in range(height):
         best = torch.minimum(
@@ -101,7 +101,7 @@ def _sweep(distance: Tensor) -> Tensor:
             (out[:, row, 1:-1].unfold(1, 3, 1) + further_above).amin(2),
         )
         best = torch.minimum(best, distance[:, row])
-        out[:, row + 2, 2:-2] = (best - ramp).cummin(1).values + ramp  # steps to the right, any number of them
+        out[:, row + 2, 2:-2] = (best - ramp).cummin(1).values + ramp  # any number of steps to the right
     return out[:, 2:, 2:-2]
 
 

@@ -1,4 +1,4 @@
-"""The weather corruptions: what each draws (``draw_...``), what each does; the constants are in ``corruptions.py``."""
+"""Weather corruptions: their draws (``draw_...``) and their effect; the constants are in ``recipes.py``."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def draw_snow(keys: Keys, setting: Setting, size: Size) -> Draws:
     return {"layer": random.normal(keys("layer"), size), **blur.draw_angle(-135, -45)(keys, setting, size)}
 
 
-def snow(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
+def snow(images: Tensor, draws: Draws, setting: tuple[float, ...]) -> Tensor:
     mean, std, zoom, threshold, radius, sigma, keep = setting
     layer = pixels.centre_zoom((draws["layer"] * std + mean).permute(1, 2, 0), zoom).permute(2, 0, 1)[:, None]
     flakes = to_uint8(torch.where(layer < threshold, torch.zeros_like(layer), layer)).contiguous()
@@ -31,7 +31,7 @@ def draw_crop(keys: Keys, setting: Setting, size: Size) -> Draws:
     return {what: random.uniform(keys(what), ()).float() for what in ("picture", "top", "left")}
 
 
-def frost(images: Tensor, draws: Draws, setting: Setting, pictures: Sequence[Tensor]) -> Tensor:
+def frost(images: Tensor, draws: Draws, setting: tuple[float, float], pictures: Sequence[Tensor]) -> Tensor:
     keep, strength = setting
     height, width = images.shape[2:]
     which = (draws["picture"] * len(pictures)).long().clamp(max=len(pictures) - 1)
@@ -44,7 +44,7 @@ def frost(images: Tensor, draws: Draws, setting: Setting, pictures: Sequence[Ten
                 f"Pictures of frost are at least as large as the images, {height} x {width}; number {number} has "
                 f"{picture.shape[1]} x {picture.shape[2]} pixels at the recipe's scale. Give larger photographs."
             )
-        # the last position is never drawn, as in the published code, unless it is the only one
+        # As in the published code, the last position is never drawn, unless it is the only one.
         top = (draws["top"][chosen] * room[0]).long()[:, None] + torch.arange(height, device=images.device)
         left = (draws["left"][chosen] * room[1]).long()[:, None] + torch.arange(width, device=images.device)
         layer[chosen] = picture.to(images.device)[:, top[:, :, None], left[:, None, :]].transpose(0, 1)
@@ -57,14 +57,14 @@ def draw_plasma(keys: Keys, setting: Setting, size: Size) -> Draws:
 
 
 def _plasma(displacement: Tensor, decay: float) -> Tensor:
-    """Diamond-square fractal on a torus, (n, s, s), scaled to [0, 1]; ``displacement``: a number in [-1, 1) a point."""
+    """Diamond-square fractal on a torus, (n, s, s), scaled to [0, 1]; ``displacement``: one number in [-1, 1) per point."""
     heights = torch.zeros_like(displacement)
     step, wibble = heights.shape[1], 100.0
     while step >= 2:
         on, between = slice(0, None, step), slice(step // 2, None, step)
 
         def fill(rows: slice, columns: slice, total: Tensor, scale: float = wibble**2) -> None:
-            # wibble squared: the published code multiplies a number in [-wibble, wibble) by wibble
+            # Squared: the published code multiplies a number in [-wibble, wibble) by wibble.
             heights[:, rows, columns] = total / 4 + displacement[:, rows, columns] * scale
 
         corners = heights[:, on, on]
@@ -79,7 +79,7 @@ def _plasma(displacement: Tensor, decay: float) -> Tensor:
     return heights / heights.amax((1, 2), keepdim=True)
 
 
-def fog(images: Tensor, draws: Draws, setting: Setting) -> Tensor:
+def fog(images: Tensor, draws: Draws, setting: tuple[float, float]) -> Tensor:
     strength, decay = setting
     x = unit(images)
     brightest = x.amax((1, 2, 3), keepdim=True)

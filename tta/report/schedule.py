@@ -1,13 +1,14 @@
 """Pictures. They need matplotlib: the extra ``plot``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tta.datasets.ccc import Walk
 from tta.datasets.corruptions import HIGHEST
+from tta.datasets.domains import Corrupted, original
 from tta.datasets.stream import Stream
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def draw_schedule(stream: Stream, above: "Axes", below: "Axes", *, legend: bool 
         colours = _severities(above, stream.domains[0], stream.batch_size)
         above.set_ylabel("severities", fontsize=8)
     else:
-        origins = [_original(domain) for domain in stream.domains]
-        severities = [getattr(domain, "severity", 1) for domain in stream.domains]
+        originals = [original(domain) for domain in stream.domains]
+        origins = [domain.name for domain in originals]
+        severities = [domain.severity if isinstance(domain, Corrupted) else 1 for domain in originals]
         colours = _colours(list(dict.fromkeys(origins)))
         highest = max(severities) or 1
         shades = [(colours[o], 1 - 0.8 * (1 - s / highest)) for o, s in zip(origins, severities, strict=True)]
@@ -91,11 +93,6 @@ def new_figure(size: tuple[float, float]) -> "Figure":
     except ModuleNotFoundError:
         raise ModuleNotFoundError("Pictures need matplotlib: pip install 'tta-toolkit[plot]'.") from None
     return Figure(figsize=size, layout="constrained")
-
-
-def _original(domain: Any) -> str:
-    """The name of a domain's first coming, without its severity."""
-    return _original(domain.domain) if hasattr(domain, "domain") else domain.name
 
 
 def _colours(names: list[str]) -> dict[str, Colour]:

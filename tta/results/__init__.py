@@ -1,6 +1,6 @@
-"""Results: what a run leaves on disk and what is computed from it.
+"""Results of runs: files on disk, and the metrics and intervals computed from them.
 
-Modules that load torch (``cost``, ``metrics``, ``record``) are imported when asked for: reading a result needs none.
+Modules that load torch (``cost``, ``metrics``, ``record``) are imported only on demand: reading a result needs none.
 """
 
 from tta.results.intervals import Interval, compare_errors, error_interval

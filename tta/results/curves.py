@@ -1,4 +1,4 @@
-"""A run batch by batch: error, confidence and the signs of a collapse, as columns and as a Parquet file."""
+"""A run batch by batch: error, confidence and signs of collapse, as columns and as a Parquet file."""
 
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from tta.results.predictions import Predictions
 
-NEEDED = ("batch", "seconds", "confidence", "entropy")  # columns of the predictions, beside those they always have
-# A histogram of fewer predictions than this says nothing of a collapse: that of a single one always has entropy 0.
+NEEDED = ("batch", "seconds", "confidence", "entropy")  # optional columns of the predictions that curves need
+# A histogram of fewer predictions than this does not show a collapse: the entropy of a single prediction is always 0.
 WINDOW = 100
 
 
 def histogram_entropy(counts: NDArray[Any]) -> float:
-    """Entropy in nats of a histogram of classes: 0 where only one occurs.
+    """Entropy in nats of a histogram of classes: 0 if only one occurs.
 
     Args:
         counts: (classes,), 0 or more each.
@@ -24,21 +24,21 @@ def histogram_entropy(counts: NDArray[Any]) -> float:
 
 
 def per_batch(predictions: Predictions, domains: Sequence[str]) -> dict[str, Any]:
-    """Columns with one entry a batch, in stream order.
+    """Columns with one entry per batch, in stream order.
 
     Args:
         predictions: with the columns that :func:`tta.evaluate` keeps.
         domains: names of the domains.
 
     Returns:
-        * ``batch``, its number; ``domain``, that of its first sample; ``samples``, all of them;
-        * ``error``: in percent, over known classes; NaN where there is none;
+        * ``batch``: its number; ``domain``: of its first sample; ``samples``: their number;
+        * ``error``: in percent, over known classes; NaN if there is none;
         * ``confidence``, ``entropy``: mean highest probability, mean entropy of the predicted distributions in nats;
-        * ``classes``: how often each class was predicted, ``{class: count}`` without those that never were;
-        * ``class_entropy``, ``label_entropy``, ``largest_share``: entropy in nats of the classes predicted, of the true
-          ones, and the share of the class predicted most, over the batch or, where it is smaller, over the last 100
-          samples. Class entropy well below label entropy is a collapse; where both are low the stream is one-sided;
-        * ``seconds``: from the start of the run to the batch's logits (on a GPU: to their being asked for).
+        * ``classes``: number of predictions of each class, ``{class: count}``, without classes that were not predicted;
+        * ``class_entropy``, ``label_entropy``, ``largest_share``: entropy in nats of the predicted classes, of the true
+          classes, and the share of the most frequent predicted class, over the batch or, if it is smaller, over the last
+          100 samples. Class entropy well below label entropy is a collapse; if both are low, the stream is one-sided;
+        * ``seconds``: from the start of the run to the batch's logits (on a GPU: until they were requested).
 
     Raises:
         ValueError: the predictions lack those columns.
@@ -69,15 +69,15 @@ def per_batch(predictions: Predictions, domains: Sequence[str]) -> dict[str, Any
 
 
 def collapse(columns: dict[str, Any]) -> dict[str, Any]:
-    """What of the curves tells a collapse at a glance: their first and last tenth, and the worst moment.
+    """Summary of the curves that shows a collapse: their first and last tenth, and the worst batch.
 
     Args:
-        columns: what :func:`per_batch` gives.
+        columns: from :func:`per_batch`.
 
     Returns:
         ``entropy``, ``class_entropy``, ``label_entropy``, ``largest_share``: the means over the ``first`` and the
         ``last`` tenth of the batches; ``worst``: the batch whose class entropy is farthest below its label entropy, or
-        lowest where no label is known.
+        lowest if no label is known.
     """
     batches = len(columns["batch"])
     tenth = max(1, batches // 10)
@@ -92,8 +92,8 @@ def collapse(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_parquet(columns: dict[str, Any], file: BinaryIO) -> None:
-    """Write what :func:`per_batch` gives as a Parquet file; ``classes`` as a map from int32 to int32."""
-    import pyarrow  # a quarter of a second, which only a run that saves need wait for
+    """Write the columns of :func:`per_batch` as a Parquet file; ``classes`` as a map from int32 to int32."""
+    import pyarrow  # here, because it takes a quarter of a second and only runs that save need it
     from pyarrow import parquet
 
     counts = pyarrow.array(

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of errors, and of the difference of two methods on the same images."""
+"""Bootstrap intervals of errors, and of the error difference of two methods on the same images."""
 
 import math
 from dataclasses import dataclass
@@ -50,17 +50,17 @@ def paired_bootstrap(
 ) -> Interval:
     """Mean error of ``b`` minus that of ``a`` in percentage points, with a percentile bootstrap interval.
 
-    Over the samples that both predicted, matched by domain and image number (the n-th visit with the n-th where an
-    image comes again). What is resampled is the image: one draw takes it or leaves it in all of its domains at once
-    and for both methods, because its errors there are not independent. The interval speaks of other images drawn from
-    the same source, not of other orders, seeds or source models.
+    Over the samples that both predicted, matched by domain and image number (if an image comes again, the n-th visit
+    with the n-th). Images are resampled: one draw takes an image in all of its domains at once and for both methods,
+    because its errors there are not independent. The interval covers other images drawn from the same source, not other
+    orders, seeds or source models.
 
     Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 (data with structure) and 13 (percentiles).
 
     Args:
         a: the baseline.
-        b: what is compared with it; a position in ``domain`` means the same domain in both.
-        resamples: how many.
+        b: the predictions to compare; a position in ``domain`` means the same domain in both.
+        resamples: number of resamples.
         seed: of the draws.
         level: share of the resamples inside the interval.
 
@@ -82,18 +82,19 @@ def weighted_mean_error(weights: NDArray[Any], errors: Floats, samples: Floats) 
 
     Args:
         weights: (resamples, images), how often each image counts.
-        errors: (domains, images), errors made on an image in a domain (or the difference of two methods').
-        samples: (domains, images), how often an image was scored there.
+        errors: (domains, images), errors on an image in a domain (or the difference of the errors of two methods).
+        samples: (domains, images), how often an image was scored in a domain.
 
     Returns:
-        (resamples,); a domain of which a resample holds no sample does not count in it, NaN where it holds none at all.
+        (resamples,); a domain without samples in a resample does not count in it, NaN if the resample has none at all.
     """
     weights = weights.astype(np.float64)
     wrong, seen = weights @ errors.T, weights @ samples.T
     present = seen > 0
     rates = np.divide(wrong, seen, out=np.zeros_like(wrong), where=present)
     count = present.sum(1)
-    return np.divide(100.0 * rates.sum(1), count, out=np.full(len(weights), math.nan), where=count > 0)
+    means: Floats = np.divide(100.0 * rates.sum(1), count, out=np.full(len(weights), math.nan), where=count > 0)
+    return means
 
 
 def _predictions(result: Result) -> Predictions:
@@ -103,7 +104,7 @@ def _predictions(result: Result) -> Predictions:
 
 
 def _matched(a: Predictions, b: Predictions) -> tuple[Integers, Integers]:
-    """Positions in ``a`` and in ``b`` of the samples that are in both."""
+    """Positions in ``a`` and in ``b`` of their common samples."""
     _, image = np.unique(np.concatenate([a.index, b.index]), return_inverse=True)
     domain = np.concatenate([a.domain, b.domain])
     cell = domain * (image.max(initial=0) + 1) + image
@@ -113,7 +114,7 @@ def _matched(a: Predictions, b: Predictions) -> tuple[Integers, Integers]:
 
 
 def _visits(cell: Integers) -> Integers:
-    """How often each value came before, position by position: [7, 8, 7, 7] -> [0, 0, 1, 2]."""
+    """Number of earlier occurrences of each value: [7, 8, 7, 7] -> [0, 0, 1, 2]."""
     order = np.argsort(cell, kind="stable")
     ranked = cell[order]
     visits = np.empty_like(cell)
@@ -136,7 +137,7 @@ def _bootstrap(
     samples: Floats = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
 
     generator = np.random.default_rng(seed)
-    chunk = max(1, 4_000_000 // len(images))  # draws held at a time: 32 MB
+    chunk = max(1, 4_000_000 // len(images))  # draws in memory at a time: 32 MB
     means = np.concatenate(
         [
             weighted_mean_error(_draw(generator, min(chunk, resamples - done), len(images)), errors, samples)
@@ -149,7 +150,7 @@ def _bootstrap(
 
 
 def _draw(generator: np.random.Generator, resamples: int, images: int) -> Integers:
-    """How often each image is drawn, (resamples, images): as many draws with replacement as there are images."""
+    """Number of draws of each image, (resamples, images): one draw per image, with replacement."""
     draws = generator.integers(0, images, size=(resamples, images))
     draws += np.arange(resamples)[:, None] * images
     return np.bincount(draws.ravel(), minlength=resamples * images).reshape(resamples, images)

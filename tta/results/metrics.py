@@ -1,7 +1,7 @@
-"""What predictions are worth: pure functions of tensors, and ``torchmetrics`` classes of what that library lacks.
+"""Metrics computed from predictions: pure functions of tensors, and ``torchmetrics`` classes that torchmetrics lacks.
 
-Errors, ECE, AUROC and H-scores are in percent, as the papers print them; NLL and entropies in nats. What is not defined,
-such as the error of a domain without known classes, is NaN.
+Errors, ECE, AUROC and H-scores are in percent, as the papers print them; NLL and entropies in nats. Undefined values, such
+as the error of a domain without known classes, are NaN.
 """
 
 import math
@@ -16,15 +16,16 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error, multiclass_accuracy
 
 from tta import functional
+from tta.labels import UNKNOWN
 from tta.results.curves import histogram_entropy
-from tta.results.predictions import UNKNOWN, Predictions
+from tta.results.predictions import Predictions
 from tta.results.result import Row
 
 BINS = 15
 
-# Mean error in percent over the five severities of ImageNet-C (50 000 images each) of the AlexNet that mCE divides by:
+# Mean error in percent of AlexNet, the reference of mCE, over the five severities of ImageNet-C (50 000 images each):
 # Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019,
-# with the digits that AugMix's evaluation (Hendrycks et al., ICLR 2020) takes over from the benchmark's repository.
+# with the digits that AugMix's evaluation (Hendrycks et al., ICLR 2020) copies from the benchmark's repository.
 ALEXNET_ERRORS = {
     "gaussian_noise": 88.6428,
     "shot_noise": 89.4468,
@@ -49,7 +50,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def per_sample(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What each prediction says and what it is worth, from one softmax.
+    """Class, confidence, entropy and losses of each prediction, from one softmax.
 
     Args:
         logits: (batch, classes).
@@ -58,7 +59,7 @@ def per_sample(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     Returns:
         Each (batch,): ``prediction``; ``confidence``, the highest probability; ``entropy`` in nats; ``nll``, minus the
         log-probability of the label; ``brier``, the squared distance of the probabilities to the label's, in [0, 2].
-        The last two are NaN for an unknown class; to a class that the model does not have it gives no probability.
+        The last two are NaN for an unknown class; a label beyond the model's classes has probability 0.
     """
     log_probabilities = logits.log_softmax(dim=1)
     probabilities = log_probabilities.exp()
@@ -78,7 +79,7 @@ def per_sample(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 def balanced_error(prediction: Tensor, label: Tensor) -> float:
     """Mean over classes of the error in each, in percent; classes without a sample do not count.
 
-    (torchmetrics' macro average counts a class that is predicted though no sample is of it as an error of 100 %.)
+    (In torchmetrics' macro average a class that is predicted but has no sample counts as an error of 100 %.)
 
     Args:
         prediction: (n,), int64.
@@ -90,7 +91,7 @@ def balanced_error(prediction: Tensor, label: Tensor) -> float:
     if classes == 1:
         return 0.0
     accuracy = multiclass_accuracy(prediction, label, classes, average="none")
-    return 100.0 * (1 - float(accuracy[label.unique()].double().mean()))
+    return 100.0 * (1 - float(accuracy[torch.unique(label)].double().mean()))
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> float:
@@ -104,7 +105,7 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
     """
     if not len(confidence) or confidence.isnan().any():
         return math.nan
-    below_one = confidence.float().clamp(max=1 - 2**-24)  # torchmetrics gives exactly 1 a bin of its own
+    below_one = confidence.float().clamp(max=1 - 2**-24)  # torchmetrics has a separate bin for exactly 1
     return 100.0 * float(binary_calibration_error(below_one, correct.long(), n_bins=BINS))
 
 
@@ -117,20 +118,23 @@ def auroc(score: Tensor, unknown: Tensor) -> float:
     """
     if not 0 < int(unknown.sum()) < len(unknown) or score.isnan().any():
         return math.nan
-    # torchmetrics squashes scores outside [0, 1] by a sigmoid, after which large ones are equal: ranks are not large.
-    levels, rank = score.unique(return_inverse=True)
+    # torchmetrics applies a sigmoid to scores outside [0, 1], which makes large ones equal: give it ranks in [0, 1).
+    levels, rank = torch.unique(score, return_inverse=True)
     return 100.0 * float(binary_auroc(rank.double() / len(levels), unknown.long()))
 
 
-def otsu_threshold(score: Tensor) -> float:
-    """The threshold that splits scores into two groups of the least variance within, midway between the two.
+def rejection_threshold(score: Tensor) -> float:
+    """Otsu's threshold between low and high scores, midway between the two groups.
 
-    See :func:`tta.functional.otsu_threshold`; exact instead of over a histogram.
+    The best of all possible thresholds, not of a histogram; see :func:`tta.functional.otsu_threshold`.
 
     Args:
-        score: (n,); NaN if all of them are equal, or one is not finite.
+        score: (n,).
+
+    Returns:
+        NaN if all scores are equal, or one is not finite.
     """
-    distinct = score.double().unique()
+    distinct = torch.unique(score.double())
     if len(distinct) < 2 or not distinct.isfinite().all():
         return math.nan
     midway = (distinct[1:] + distinct[:-1]) / 2
@@ -138,45 +142,45 @@ def otsu_threshold(score: Tensor) -> float:
 
 
 def h_score(accuracy: float, other: float) -> float:
-    """Harmonic mean of two percentages; 0 where both are."""
+    """Harmonic mean of two percentages; 0 if both are."""
     return 2 * accuracy * other / (accuracy + other) if accuracy + other else 0.0
 
 
 def open_set(score: Tensor, correct: Tensor, unknown: Tensor) -> dict[str, float]:
-    """How well unknown classes are told from known ones, and both together, in percent.
+    """Metrics of separating unknown classes from known ones, alone and combined with accuracy, in percent.
 
     Args:
         score: (n,), higher = more likely an unknown class.
-        correct: (n,), boolean, whether the class predicted is right; false where ``unknown``.
+        correct: (n,), boolean, whether the predicted class is right; false where ``unknown``.
         unknown: (n,), boolean.
 
     Returns:
         ``auroc``; ``h_score``, the harmonic mean of AUROC and accuracy on the known classes: Yu et al., "STAMP:
-        Outlier-Aware Test-Time Adaptation with Stable Memory Replay", ECCV 2024; ``h_score_otsu``, that of the share of
-        known samples both accepted and right and of the share of unknown ones rejected, at Otsu's threshold: Li et al., "On
-        the Robustness of Open-World Test-Time Training: Self-Training with Dynamic Prototype Expansion", ICCV 2023
-        (which finds the threshold anew in the latest 512 scores).
+        Outlier-Aware Test-Time Adaptation with Stable Memory Replay", ECCV 2024; ``h_score_otsu``, the harmonic mean of
+        the share of known samples that are accepted and right and the share of unknown ones that are rejected, at Otsu's
+        threshold: Li et al., "On the Robustness of Open-World Test-Time Training: Self-Training with Dynamic Prototype
+        Expansion", ICCV 2023 (which computes the threshold again from the latest 512 scores).
     """
     area = auroc(score, unknown)
     if math.isnan(area):
         return {"auroc": math.nan, "h_score": math.nan, "h_score_otsu": math.nan}
     accuracy = _percent(correct[~unknown])
-    rejected = score > otsu_threshold(score)
+    rejected = score > rejection_threshold(score)
     kept, refused = _percent((correct & ~rejected)[~unknown]), _percent(rejected[unknown])
     return {"auroc": area, "h_score": h_score(accuracy, area), "h_score_otsu": h_score(kept, refused)}
 
 
 def mean_corruption_error(errors: Mapping[tuple[str, int], float]) -> float:
-    """mCE of ImageNet-C in percent: per corruption the errors of the five severities over AlexNet's, averaged over 15.
+    """mCE of ImageNet-C in percent: for each of 15 corruptions the error over five severities relative to AlexNet's, averaged.
 
     Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019.
-    AlexNet's are those of 50 000 images, also where the errors are of a subset.
+    AlexNet's errors are those on 50 000 images, even if ``errors`` are on a subset.
 
     Args:
-        errors: (corruption, severity) -> error in percent; more than the 15 x 5 do no harm.
+        errors: (corruption, severity) -> error in percent; entries beyond the 15 x 5 are ignored.
 
     Returns:
-        NaN unless all 15 corruptions are there in all five severities: there is no mCE of severity 5 alone.
+        NaN unless all 15 corruptions have all five severities: mCE is not defined for severity 5 alone.
     """
     if any((name, severity) not in errors for name in ALEXNET_ERRORS for severity in SEVERITIES):
         return math.nan
@@ -205,13 +209,13 @@ class _MeanOverSamples(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: logits (batch, classes), labels (batch,), -1 for an unknown class."""
+        """Add a batch: logits (batch, classes), labels (batch,), -1 for an unknown class."""
         known = labels != UNKNOWN
         self.total += per_sample(logits[known], labels[known])[self.column].double().sum()
         self.count += known.sum()
 
     def compute(self) -> Tensor:
-        """The mean; NaN where there was no sample."""
+        """The mean; NaN without samples."""
         return (self.total / self.count).float()
 
 
@@ -241,7 +245,7 @@ class BrierScore(_MeanOverSamples):
 
 
 class HScore(Metric):
-    """Harmonic mean of the accuracy on known classes and the AUROC of telling unknown ones, in percent.
+    """Harmonic mean of the accuracy on known classes and the AUROC of detecting unknown ones, in percent.
 
     Yu et al., "STAMP: Outlier-Aware Test-Time Adaptation with Stable Memory Replay", ECCV 2024.
     """
@@ -259,12 +263,12 @@ class HScore(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, labels: Tensor, outlier_score: Tensor | None = None) -> None:
-        """Take in a batch.
+        """Add a batch.
 
         Args:
             logits: (batch, classes).
             labels: (batch,), -1 for an unknown class.
-            outlier_score: (batch,), higher = more likely an unknown class; left out: 1 - the highest probability.
+            outlier_score: (batch,), higher = more likely an unknown class; default: 1 - the highest probability.
         """
         found = per_sample(logits, labels)
         self.score.append(1 - found["confidence"] if outlier_score is None else outlier_score)
@@ -280,10 +284,10 @@ class HScore(Metric):
 
 
 class ClassEntropy(Metric):
-    """Entropy in nats of how often each class is predicted: ln(classes) where all are alike, 0 after a collapse to one.
+    """Entropy in nats of the predicted classes' frequencies: ln(classes) if all are equal, 0 after a collapse to one class.
 
     Args:
-        classes: how many there are.
+        classes: number of classes.
     """
 
     is_differentiable = False
@@ -295,29 +299,30 @@ class ClassEntropy(Metric):
         self.add_state("counts", torch.zeros(classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor) -> None:
-        """Take in a batch of logits (batch, classes)."""
+        """Add a batch of logits (batch, classes)."""
         self.counts += logits.argmax(dim=1).bincount(minlength=len(self.counts))
 
     def compute(self) -> Tensor:
-        """The entropy; NaN where there was no sample."""
+        """The entropy; NaN without samples."""
         shares = self.counts / self.counts.sum()
-        return -torch.special.xlogy(shares, shares).sum()
+        entropy: Tensor = -torch.special.xlogy(shares, shares).sum()
+        return entropy
 
 
 # ---------------------------------------------------------------------- a whole run
 
 
 def summary(predictions: Predictions, rows: Sequence[Row], *, classes: int) -> dict[str, Any]:
-    """The metrics of a run, each the unweighted mean over domains of its value in them, as the papers report the error.
+    """The metrics of a run, each an unweighted mean over domains, as the papers report the error.
 
     Args:
         predictions: with the columns of :func:`per_sample`.
         rows: of the result.
-        classes: of the model: mCE is that of ImageNet's 1000.
+        classes: number of the model's classes; mCE needs ImageNet's 1000.
 
     Returns:
         ``sample_weighted_error``, ``balanced_error``, ``ece``, ``nll``, ``brier``; with unknown classes in the stream
-        ``auroc``, ``h_score``, ``h_score_otsu`` and which ``outlier_score`` they are of; ``mce`` where it is defined;
+        ``auroc``, ``h_score``, ``h_score_otsu`` and the name of their ``outlier_score``; ``mce`` if it is defined;
         ``domains``: the values in each domain.
     """
     domains = {row.domain: of_domain(predictions.select(predictions.domain == n)) for n, row in enumerate(rows)}
@@ -361,14 +366,14 @@ def of_domain(predictions: Predictions) -> dict[str, float]:
 
 
 def corruption_errors(rows: Iterable[Row], severity: int | None = None) -> dict[tuple[str, int], float]:
-    """Error in percent by corruption and severity, all visits of one together, for :func:`mean_corruption_error`.
+    """Error in percent by corruption and severity over all visits, for :func:`mean_corruption_error`.
 
     Args:
-        rows: called ``fog-3``, or ``fog-3@2`` on a second visit.
-        severity: of rows whose name says none, such as ``fog``. Left out: those are skipped.
+        rows: with names like ``fog-3``, or ``fog-3@2`` on a second visit.
+        severity: of rows without a severity in their name, such as ``fog``; default: such rows are skipped.
 
     Example:
-        The mCE of five runs, one a severity::
+        The mCE of five runs, one per severity::
 
             errors = {}
             for severity, result in enumerate(results, start=1):

@@ -1,4 +1,4 @@
-"""Every single prediction of a run, as columns in stream order: what all its numbers are computed from."""
+"""All predictions of a run as columns in stream order; every number of a result is computed from them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -7,31 +7,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tta.labels import UNKNOWN
+
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Scores = NDArray[np.floating[Any]]
-
-UNKNOWN = -1  # the label of a class that the source model does not know
+Booleans = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictions:
     """Every prediction of a run, in stream order. All arrays have shape (samples,); the first five are int64.
 
-    Those behind ``prediction`` may be None: results of earlier versions were saved without them.
+    The arrays after ``prediction`` may be None: results of earlier versions were saved without them.
 
     Attributes:
         domain: position in the result's rows.
         index: number of the image in its source; the same image has the same number in every domain.
         label: its class; -1 for an unknown class, which is left out of the errors.
-        prediction: the class predicted.
-        batch: number of the batch it arrived in.
-        seconds: from the start of the run to the logits of its batch.
+        prediction: the predicted class.
+        batch: number of the sample's batch.
+        seconds: from the start of the run to the logits of the sample's batch.
         confidence: the highest probability.
         entropy: of the predicted distribution, in nats.
         nll: minus the log-probability of the label; NaN for an unknown class.
         brier: squared distance of the probabilities to the label's; NaN for an unknown class.
-        outlier_score: the method's own, higher = more likely an unknown class; None where it gives none.
+        outlier_score: the method's own, higher = more likely an unknown class; None if it gives none.
     """
 
     domain: Integers
@@ -56,8 +57,8 @@ class Predictions:
             object.__setattr__(self, name, values.astype(np.int64))
         lengths = {name: len(values) for name, values in self.columns()}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise ValueError(f"Predictions need arrays of one length; got {told}.")
+            found = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise ValueError(f"Predictions need arrays of one length; got {found}.")
 
     def __len__(self) -> int:
         return len(self.label)
@@ -73,17 +74,19 @@ class Predictions:
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether each prediction is right, shape (samples,); never so for an unknown class."""
-        return (self.prediction == self.label) & self.known
+    def correct(self) -> Booleans:
+        """Whether each prediction is right, shape (samples,); always false for an unknown class."""
+        right: Booleans = (self.prediction == self.label) & self.known
+        return right
 
     @property
-    def known(self) -> NDArray[np.bool_]:
+    def known(self) -> Booleans:
         """Whether each sample has a class that can be scored, shape (samples,)."""
-        return self.label != UNKNOWN
+        known: Booleans = self.label != UNKNOWN
+        return known
 
     def columns(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """The arrays that there are, by name."""
+        """Names and arrays of all columns that are not None."""
         for field in fields(self):
             values = getattr(self, field.name)
             if values is not None:
@@ -95,11 +98,11 @@ class Predictions:
         Raises:
             ValueError: there is none.
         """
-        values = getattr(self, name)
+        values: NDArray[Any] | None = getattr(self, name)
         if values is None:
             raise ValueError(f"These predictions were kept without '{name}'; those of tta.evaluate have it. Run again.")
         return values
 
     def select(self, which: NDArray[Any]) -> "Predictions":
-        """The predictions at these positions (a mask or positions)."""
+        """The predictions at some positions, given as a mask or as integers."""
         return Predictions(**{name: values[which] for name, values in self.columns()})

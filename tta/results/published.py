@@ -1,4 +1,4 @@
-"""Published tables: what papers and benchmarks report, with what is said of how it came about. In ``configs/published.yaml``."""
+"""Published tables: numbers from papers and benchmarks with their reported settings, in ``configs/published.yaml``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +15,13 @@ class Published:
     """One published table.
 
     Attributes:
-        about: what it is.
-        source: where it was read.
-        manifest: what is said of the runs, in the words of this toolkit: stream, protocol, reset, batch size, model ...
-        domains: of the rows that give an error for each, in their order.
-        rows: method -> mean error in percent, or ``{mean:, std:, errors: [...], method:, config: {...}}`` where there
-            is more to say: another name for a method of ours with these settings, an error a domain.
+        about: one-line description.
+        source: where the numbers are printed.
+        manifest: reported settings of the runs, named as in this toolkit: stream, protocol, reset, batch size, model ...
+        domains: the domains of rows that list one error per domain, in their order.
+        rows: method -> mean error in percent, or ``{mean:, std:, errors: [...], method:, config: {...}}``: ``errors`` has
+            one error per domain; ``method`` and ``config`` name a method of ours and its settings, if the row's name
+            differs.
     """
 
     about: str
@@ -30,10 +31,10 @@ class Published:
     domains: list[str] = field(default_factory=list)
 
     def row(self, method: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """What was published of a method with these settings; the row that names most of them where several fit."""
+        """The published row for a method with these settings; of several that fit, the one that names most settings."""
         found: list[dict[str, Any]] = []
-        for name, told in self.rows.items():
-            row = {"method": name, "config": {}, **(told if isinstance(told, Mapping) else {"mean": told})}
+        for name, entry in self.rows.items():
+            row = {"method": name, "config": {}, **(entry if isinstance(entry, Mapping) else {"mean": entry})}
             asked = row["config"].items()
             if row["method"] == method and (not asked if settings is None else asked <= settings.items()):
                 found.append(row)
@@ -45,20 +46,20 @@ class Published:
         return None if row is None else float(row["mean"])
 
     def fits(self, place: Mapping[str, Any]) -> bool:
-        """Whether stream and protocol are those of the table, as far as both are said."""
+        """Whether stream and protocol are those of the table; a missing value fits any."""
         return all(self.manifest.get(key, place.get(key)) == place.get(key) for key in ("stream", "protocol"))
 
 
 def available() -> dict[str, str]:
-    """Names of the published tables, each with what it is in a line."""
-    return {name: told["about"] for name, told in config.load(".", "published").items() if name != "domains"}
+    """Names and one-line descriptions of the published tables."""
+    return {name: table["about"] for name, table in config.load(".", "published").items() if name != "domains"}
 
 
 def find(name: str) -> Published:
     """A published table by name.
 
     Raises:
-        ConfigError: there is none of that name; the nearest is offered.
+        ConfigError: there is no table of that name; the message suggests the nearest.
     """
     tables = config.load(".", "published")
     if name not in available():
@@ -69,12 +70,12 @@ def find(name: str) -> Published:
 
 
 def differences(result: Result, name: str) -> dict[str, tuple[Any, Any]]:
-    """Where a result differs from a published row: what is said of both, then the errors, each with both values.
+    """Settings, then errors, in which a result differs from a published row, each with both values.
 
-    What the publication does not say cannot differ. Errors that are equal to one decimal do not.
+    Settings that the publication does not report do not differ, nor do errors that are equal to one decimal.
 
     Args:
-        result: of any method of the table.
+        result: of any method in the table.
         name: of the table.
 
     Raises:
@@ -86,18 +87,20 @@ def differences(result: Result, name: str) -> dict[str, tuple[Any, Any]]:
         raise config.ConfigError(
             f"Published table '{name}' has no row for '{result.method}'. There are: {', '.join(table.rows)}."
         )
-    said = _described(result)
-    found = {key: (said.get(key), value) for key, value in table.manifest.items() if str(said.get(key)) != str(value)}
+    own = _settings(result)
+    found = {key: (own.get(key), value) for key, value in table.manifest.items() if str(own.get(key)) != str(value)}
     errors: dict[str, tuple[float | None, float]] = {"mean_error": (result.mean_error, float(row["mean"]))}
     listed: Sequence[float] = row.get("errors", ())
     for domain, error in zip(table.domains, listed, strict=bool(listed)):
         errors[f"errors.{domain}"] = (result.errors.get(domain), float(error))
-    off = {key: (own, told) for key, (own, told) in errors.items() if own is None or abs(own - told) >= TOLERANCE}
-    return {**found, **off}
+    for key, (ours, theirs) in errors.items():
+        if ours is None or abs(ours - theirs) >= TOLERANCE:
+            found[key] = (ours, theirs)
+    return found
 
 
-def _described(result: Result) -> dict[str, Any]:
-    """What a result says of how it came about, in the words that the published tables use."""
+def _settings(result: Result) -> dict[str, Any]:
+    """The settings of a result under the names that the published tables use."""
     data = result.manifest.get("data", {})
     return {
         **data.get("settings", {}),

@@ -1,4 +1,4 @@
-"""What a run predicts, taken down batch by batch and reduced to columns a chunk at a time."""
+"""Predictions of a run, recorded batch by batch and reduced to columns a chunk at a time."""
 
 import time
 from typing import NamedTuple
@@ -6,16 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tta.labels import UNKNOWN
 from tta.results.metrics import per_sample
-from tta.results.predictions import UNKNOWN, Predictions
+from tta.results.predictions import Predictions
 
-# Logits wait until there are so many (32 MB): many small reductions would cost more than the forward of a small model,
-# and all logits of ImageNet-C together are 3 GB.
+# Logits are reduced once there are this many (32 MB): many small reductions would cost more than the forward pass of a
+# small model, and all logits of ImageNet-C together are 3 GB.
 WAITING = 2**23
 
 
 class _Chunk(NamedTuple):
-    """Columns of some batches in a row, and how long each batch was."""
+    """Columns of some consecutive batches, and the length of each batch."""
 
     lengths: list[int]
     seconds: list[float]
@@ -24,18 +25,18 @@ class _Chunk(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """One batch that waits to be reduced."""
+    """One batch that is not reduced yet."""
 
     logits: Tensor
     label: Tensor
     domain: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is of no use here
     outlier_score: Tensor | None
     time: float
 
 
 class Record:
-    """Every prediction of a run. To add a batch costs an append: nothing is computed, nothing waited for."""
+    """Every prediction of a run. Adding a batch is an append: it computes nothing and does not synchronise the device."""
 
     def __init__(self) -> None:
         self.samples = 0
@@ -48,10 +49,10 @@ class Record:
     def add(
         self, logits: Tensor, label: Tensor, domain: Tensor, index: Tensor, outlier_score: Tensor | None = None
     ) -> None:
-        """Take down one batch.
+        """Record one batch.
 
         Args:
-            logits: (batch, classes), which nobody changes any more.
+            logits: (batch, classes), not changed afterwards.
             label: (batch,), -1 for an unknown class.
             domain: (batch,), the number of each sample's domain.
             index: (batch,), the number of each sample in its domain.
@@ -64,11 +65,11 @@ class Record:
             self._reduce()
 
     def leave_out(self, seconds: float) -> None:
-        """Time that was no part of the run."""
+        """Exclude some seconds from the time of the run."""
         self._started += seconds
 
     def wrong_and_known(self) -> tuple[int, int]:
-        """Errors and samples with a known class so far; waits for the device."""
+        """Errors and samples with a known class so far; synchronises the device."""
         self._reduce()
         for chunk in self._chunks[self._counted :]:
             label = chunk.columns["label"]
@@ -79,7 +80,7 @@ class Record:
         return self._wrong, self._known
 
     def predictions(self) -> Predictions:
-        """All of them, in stream order; waits for the device."""
+        """All predictions in stream order; synchronises the device."""
         self._reduce()
         if not self._chunks:
             empty = torch.empty(0, dtype=torch.int64).numpy()
@@ -93,7 +94,7 @@ class Record:
         columns["batch"] = torch.arange(len(lengths)).repeat_interleave(lengths).numpy()
         columns["seconds"] = seconds.repeat_interleave(lengths).numpy()
         scores = [chunk.outlier_score.cpu() for chunk in self._chunks if chunk.outlier_score is not None]
-        # Scores of two kinds cannot be compared: a method that gave none for some batches (paused ones) gave none.
+        # If some batches (paused ones) have no scores, drop all: the scores of only a part cannot be compared.
         if len(scores) == len(self._chunks):
             columns["outlier_score"] = torch.cat(scores).numpy()
         return Predictions(**columns)

@@ -1,4 +1,4 @@
-"""What a run found: errors per domain with the manifest of what would reproduce them, kept on disk and compared."""
+"""The result of a run: errors per domain and a manifest to reproduce them; saved, loaded and compared."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 KEYS = ("schema", "method", "stream", "seed", "reset", "rows", "config", "manifest", "seconds", "skipped_updates")
-MEASURED = ("images_per_second", "peak_memory_mb")  # metrics of the machine as much as of the run
+MEASURED = ("images_per_second", "peak_memory_mb")  # metrics that depend on the machine, too
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "scikit-learn", "tta-toolkit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Errors made in one domain. Counts, not rates: counts add up.
+    """Errors in one domain. Counts, not rates: counts add up.
 
     Attributes:
         domain: its name.
-        samples: how many were scored; those of an unknown class are not.
-        errors: how many of them were wrong.
+        samples: number of scored samples; those of an unknown class are not scored.
+        errors: number of wrong predictions among them.
     """
 
     domain: str
@@ -48,13 +48,13 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Online error in percent; NaN where no sample was scored."""
+        """Online error in percent; NaN if no sample was scored."""
         return 100.0 * self.errors / self.samples if self.samples else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
-    """What one run of a method on a stream found, with what would reproduce it.
+    """The result of one run of a method on a stream, with a manifest to reproduce it.
 
     ``config`` and ``manifest`` become plain JSON values: tuples turn into lists, NaN into None, infinities into text
     (``"inf"``), objects without a JSON form into their ``repr``.
@@ -64,16 +64,16 @@ class Result:
         stream: name of the stream.
         seed: of the stream's order and draws.
         reset: ``never``, ``domain``, ``batch`` or ``N batches``.
-        rows: one a domain, in the order of their arrival.
+        rows: one per domain, in the order of arrival.
         config: the method's full configuration.
-        manifest: what would reproduce the run: model, data, order, precision, device, versions.
+        manifest: everything needed to reproduce the run: model, data, order, precision, device, versions.
         seconds: wall-clock time of the run, reading of images included.
-        skipped_updates: updates left out because a loss or gradient was not finite.
-        metrics: what else was measured, see :func:`tta.evaluate`; empty in results of earlier versions.
-        predictions: every single prediction; not compared, and saved beside the JSON.
+        skipped_updates: updates skipped because a loss or gradient was not finite.
+        metrics: further measurements, see :func:`tta.evaluate`; empty in results of earlier versions.
+        predictions: all predictions; not compared, and saved beside the JSON.
 
     Raises:
-        ValueError: a repeated domain, seconds that are no time, or predictions that give other counts than the rows.
+        ValueError: a repeated domain, negative or non-finite seconds, or predictions with other counts than the rows.
     """
 
     method: str
@@ -116,14 +116,14 @@ class Result:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Online error of each domain in percent, in the order of their arrival."""
+        """Online error of each domain in percent, in the order of arrival."""
         return {row.domain: row.error for row in self.rows}
 
     @property
     def mean_error(self) -> float:
         """Mean online error in percent: the unweighted mean over domains, as the papers report.
 
-        A domain counts once, however many samples it has; one without scored samples does not count.
+        Every domain counts the same, whatever its number of samples; one without scored samples does not count.
         """
         errors = [row.error for row in self.rows if row.samples]
         return math.fsum(errors) / len(errors) if errors else math.nan
@@ -134,7 +134,7 @@ class Result:
         return sum(row.samples for row in self.rows)
 
     def metric(self, name: str) -> float | None:
-        """A number of :attr:`metrics` by its dotted name, or ``samples``; None where there is none, or it is not defined."""
+        """A number of :attr:`metrics` by its dotted name, or ``samples``; None if it is missing or undefined."""
         if name == "samples":
             return self.samples
         value: Any = self.metrics
@@ -144,12 +144,12 @@ class Result:
 
     @property
     def curves(self) -> "pandas.DataFrame":
-        """The run batch by batch, a row a batch; the columns are those of :func:`tta.results.curves.per_batch`.
+        """The run batch by batch, one row per batch, with the columns of :func:`tta.results.curves.per_batch`.
 
         Raises:
-            ValueError: the predictions are not at hand, or are of an earlier version.
+            ValueError: the result has no predictions, or those of an earlier version.
         """
-        import pandas  # half a second, which only who looks at curves need wait for
+        import pandas  # here, because it takes half a second and only curves need it
 
         if self.predictions is None:
             raise ValueError("Curves are computed from the predictions, which this result lacks: keep predictions.npz.")
@@ -177,10 +177,10 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
-        """The result that :meth:`to_json` wrote. Errors and their mean are computed anew from the counts.
+        """The result that :meth:`to_json` wrote. Errors and their mean are computed again from the counts.
 
         Raises:
-            ValueError: not JSON, a missing key, or a schema that is newer than this version knows.
+            ValueError: not JSON, a missing key, or a schema newer than this version supports.
         """
         try:
             found = json.loads(text)
@@ -203,12 +203,13 @@ class Result:
         return cls(rows=rows, metrics=found.get("metrics", {}), **fields)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``result.json``, and where there are predictions ``predictions.npz`` and ``curves.parquet``.
+        """Write ``result.json``, and with predictions also ``predictions.npz`` and ``curves.parquet``.
 
-        The curves are what :attr:`curves` computes from the predictions, for other programs. Each file appears whole or not at all, ``result.json`` last.
+        The Parquet file holds :attr:`curves` for other programs. Each file appears complete or not at all, ``result.json``
+        last.
 
         Args:
-            folder: made where it does not exist; a result that is there is replaced.
+            folder: created if it does not exist; an existing result in it is replaced.
 
         Returns:
             The path of ``result.json``.
@@ -231,14 +232,14 @@ class Result:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Result":
-        """The result that :meth:`save` wrote, with its predictions where they lie beside it.
+        """The result that :meth:`save` wrote, with its predictions if they are beside it.
 
         Args:
             path: the folder, or the ``result.json`` in it.
 
         Raises:
             FileNotFoundError: no result there.
-            ValueError: not a result, see :meth:`from_json`, or predictions that are those of another run.
+            ValueError: not a result, see :meth:`from_json`, or predictions of another run.
         """
         file = Path(path)
         file = file / "result.json" if file.is_dir() else file
@@ -253,10 +254,7 @@ class Result:
                 return result
             with np.load(arrays, allow_pickle=False) as columns:
                 predictions = Predictions(**{name: columns[name] for name in columns.files})
-            # Through the constructor again, which compares the counts with the rows.
-            return cls(
-                **{**{name: getattr(result, name) for name in cls.__dataclass_fields__}, "predictions": predictions}
-            )
+            return replace(result, predictions=predictions)  # the constructor compares their counts with the rows
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from error
 
@@ -294,17 +292,17 @@ def find_results(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 def differences(a: Result, b: Result) -> dict[str, tuple[Any, Any]]:
     """The fields in which two results differ, settings before errors, each with both values.
 
-    Names are paths into the JSON of a result, such as ``manifest.environment.torch``; None stands for a field that one
-    of them lacks. How long a run took is no difference.
+    Names are paths into the JSON of a result, such as ``manifest.environment.torch``; None stands for a missing field.
+    The time of the runs is not compared.
     """
-    first, second = (_flat(_described(result)) for result in (a, b))
+    first, second = (_flat(_comparable(result)) for result in (a, b))
     return {
         name: (first.get(name), second.get(name)) for name in {**first, **second} if first.get(name) != second.get(name)
     }
 
 
-def _described(result: Result) -> dict[str, Any]:
-    """What a result says, each thing once: how it came about, then what it found."""
+def _comparable(result: Result) -> dict[str, Any]:
+    """The fields of a result that are compared, each once: first settings, then findings."""
     found = {"skipped_updates": result.skipped_updates, "mean_error": result.mean_error, "errors": result.errors}
     metrics = {key: value for key, value in result.metrics.items() if key not in MEASURED}
     settings = {key: getattr(result, key) for key in ("method", "stream", "seed", "reset", "config")}
@@ -313,7 +311,7 @@ def _described(result: Result) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested dictionaries and lists by their dotted paths."""
+    """The leaves of nested dictionaries and lists, keyed by dotted path."""
     if not isinstance(value, (dict, list)):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -324,8 +322,8 @@ def environment() -> dict[str, Any]:
     """Versions of the libraries, the platform, and the toolkit's git commit, for a manifest; never raises.
 
     Returns:
-        ``python``, one key a library (None where not installed), ``platform``, ``commit``: None outside a checkout,
-        with ``-dirty`` behind it where tracked files differ.
+        ``python``, one key per library (None if not installed), ``platform``, ``commit``: None outside a checkout, ends
+        with ``-dirty`` if tracked files differ.
     """
     versions: dict[str, Any] = {"python": platform.python_version()}
     for name in LIBRARIES:
@@ -333,7 +331,7 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return {**versions, "platform": platform.platform(), "commit": _commit(Path(__file__).resolve().parent.parent)}
+    return {**versions, "platform": platform.platform(), "commit": _commit(Path(__file__).resolve().parents[2])}
 
 
 def _commit(root: Path) -> str | None:
@@ -341,7 +339,7 @@ def _commit(root: Path) -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        # Without optional locks: runs side by side must not fight over the index.
+        # Without optional locks, so that parallel runs do not compete for the index.
         quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=quiet, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -350,7 +348,7 @@ def _commit(root: Path) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it, and equal to what reading it back gives."""
+    """A value as JSON can hold it, equal to the value read back."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -365,7 +363,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write(file: Path, content: Callable[[BinaryIO], Any]) -> Path:
-    """Write a file so that it is never seen half written, not even after a crash."""
+    """Write a file atomically: it never exists half written, not even after a crash."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with part.open("wb") as stream:
