@@ -142,7 +142,7 @@ class Parity:
     # of 3e-7 brings it about in 5 or 9 draws of ten, and hardly more of it: 0.1 again, and 7e-3 once.
     NOISE = 4 * (1e-7,) + 4 * (3e-7,)
     # Where published bounds are exceeded, other kernels (SSE4.1, AVX2, MKL's most compatible) move the largest value at most
-    # 1.0 times as far as these draws do on the same machine, the median 1.6 times (actmad_after). The draws themselves lie
+    # 1.0 times as far as these draws do on the same machine, the median 1.2 times (actmad_after). The draws themselves lie
     # 15 times apart in tent_steps3, where events add up, and one of them may be a kernel's: hence not 2.
     MULTIPLE = 5
 
