@@ -100,7 +100,7 @@ class AccuracyMatrix:
                     arrays = _ArraysOnly(stream).load()
                 except Exception as error:
                     raise ValueError(
-                        f"'{file}' is neither an .npz file nor a pickle of numpy arrays ({error}). Where you trust it, "
+                        f"'{file}' is neither an .npz file nor a pickle of numpy arrays ({error}). If you trust it, "
                         "load it yourself and write its arrays with numpy.savez(file, **arrays)."
                     ) from None
         if not isinstance(arrays, dict):

@@ -94,7 +94,7 @@ def stops(of: Iterable[Pair], matrix: AccuracyMatrix, target: float) -> Iterator
 def arrivals(images: int, count: int, speed: int, seed: int) -> Tensor:
     """Image indices for each stop, (count * speed,) int64.
 
-    Each stop has ``speed`` different images, drawn anew; if there are fewer images, all come before any comes again.
+    Each stop has ``speed`` different images, drawn independently; if there are fewer, all come before any is repeated.
 
     Args:
         images: number of images.
@@ -142,7 +142,7 @@ def calibrate(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floating-point images in [0, 1] as uint8, rounded; uint8 images as they are."""
+    """Floating-point images in [0, 1] as uint8, rounded; uint8 images are not changed."""
     return (images * 255).round().to(torch.uint8) if images.is_floating_point() else images
 
 

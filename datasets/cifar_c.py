@@ -222,7 +222,7 @@ def read_array(file: Path, expected: tuple[int, ...]) -> NDArray[Any]:
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(
             f"'{file}' cannot be read as uint8 {expected}: it has {file.stat().st_size} bytes, and a whole file has "
-            f"{int(np.prod(expected))} behind its header ({error}). It may be truncated: get it again."
+            f"{int(np.prod(expected))} after its header ({error}). It may be truncated: get it again."
         ) from None
     images = len(expected) > 1
     if array.shape != expected or (images and array.dtype != np.uint8) or array.dtype.kind not in "ui":

@@ -15,7 +15,7 @@ from tta.datasets.corruptions import constants, corrupt
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0, 1]; floating-point images as they are."""
+    """uint8 images as float32 in [0, 1]; floating-point images are not changed."""
     return images / 255 if images.dtype == torch.uint8 else images
 
 
@@ -273,7 +273,7 @@ def gather(count: int, parts: Iterable[tuple[Tensor, Callable[[Tensor], Tensor],
     read = [(where, reader(what)) for where, reader, what in parts if len(what)]
     if len({images.shape[1:] for _, images in read}) > 1:
         sizes = ", ".join(sorted({str(tuple(images.shape[1:])) for _, images in read}))
-        raise ValueError(f"A batch holds images of one size; the domains that meet in it have {sizes}. Resize them.")
+        raise ValueError(f"A batch holds images of one size; the domains of this one have {sizes}. Resize them.")
     if len({images.dtype for _, images in read}) > 1:
         read = [(where, to_float(images).float()) for where, images in read]
     batch = read[0][1].new_empty(count, *read[0][1].shape[1:])

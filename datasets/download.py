@@ -135,8 +135,8 @@ def download(
     files = [file for file in archive.files if file.part in wanted or not archive.parts]
     if not trust and (open_ones := [file.url for file in files if not file.hash]):
         raise ValueError(
-            f"Nobody published a checksum of {', '.join(open_ones)}, so what arrives cannot be checked. --trust takes it as "
-            "it comes and tells its checksum."
+            f"Nobody published a checksum of {', '.join(open_ones)}, so the download cannot be checked. --trust accepts "
+            "it anyway and shows its checksum."
         )
     folder = Path(root) if root is not None else data_root()
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def _checked(file: File, to: Path, progress: Progress) -> Path:
     except ValueError as error:
         raise ValueError(
             f"{file.url} is not the file that was published ({error}) The checksum is from: {file.hash_from}. Try again; "
-            "if it stays so, the file was replaced or tampered with."
+            "if the error remains, the file was replaced or tampered with."
         ) from None
 
 
@@ -258,7 +258,7 @@ def _attempt(url: str, to: Path, start: int, size: int | None, progress: Callabl
             )
         if size is not None and total is not None and total != size:
             raise DownloadError(
-                f"{url} has {total} bytes now; {size} were published. It was replaced, or is cut off there."
+                f"{url} has {total} bytes now; {size} were published. It was replaced, or is truncated on the server."
             )
         to.parent.mkdir(parents=True, exist_ok=True)
         with to.open("ab" if start else "wb") as file:

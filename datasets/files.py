@@ -63,7 +63,7 @@ class FileList:
             ValueError: ``samples`` is below one, or above the number of files.
         """
         if samples is not None and not 1 <= samples <= len(self):
-            raise ValueError(f"samples is between 1 and {len(self)}, the images there are; got {samples}.")
+            raise ValueError(f"samples is between 1 and {len(self)}, the number of images; got {samples}.")
         return self[:samples]
 
 
@@ -317,7 +317,7 @@ class FileImages:
             crop, resize = self.geometry.crop, self.geometry.resize
             warnings.warn(
                 f"The pictures in '{self.folder}' have {crop} x {crop} pixels and look cropped already; they are enlarged to "
-                f"{resize} and cropped once more, which costs accuracy. To take them as they are: resize=null crop=null.",
+                f"{resize} and cropped once more, which costs accuracy. To use them unchanged: resize=null crop=null.",
                 stacklevel=3,
             )
 
@@ -356,7 +356,7 @@ class FileImages:
             reason = str(error).partition(" <")[0]  # Pillow names its own file object
             raise ValueError(
                 f"'{file}' cannot be used as an image: {reason}. It has {file.stat().st_size} bytes. Get it again, or "
-                "leave such files out with on_error=skip where the stream has it."
+                "skip such files with on_error=skip, if the stream has this setting."
             ) from None
 
     def _readable(self, position: int) -> bool:

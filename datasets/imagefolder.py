@@ -77,8 +77,8 @@ def domains(
     names = subfolders(parts[0][1]) if labels else []
     if labels and not names:
         raise FileNotFoundError(
-            f"'{parts[0][1]}' holds no class folders: expected CLASS/IMAGE. For a folder of images alone, to be predicted and "
-            "not scored, say labels=false."
+            f"'{parts[0][1]}' holds no class folders: expected CLASS/IMAGE. For a folder of images without "
+            "classes, to be predicted but not scored, set labels=false."
         )
     numbers, classes = numbered(names, class_map, mask)
     made = []

@@ -203,7 +203,7 @@ class CorruptedFolder(FileImages):
         """
         if self._clean is None:
             raise FileNotFoundError(
-                "Where are the clean images? Name the folder that holds them as WNID/NAME.JPEG with stream.clean_root=PATH."
+                "The clean images are needed: name their folder, which holds WNID/NAME.JPEG, with stream.clean_root=PATH."
             )
         check_exist(self._clean.folder, self.files)
         return self._clean

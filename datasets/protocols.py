@@ -178,8 +178,8 @@ def forgetting(
         source = first.clean()
     else:
         raise ValueError(
-            f"Protocol 'forgetting' needs clean images; domain '{domains[0].name}' has none. Say which of your "
-            "domains is the clean one with clean=NAME."
+            f"Protocol 'forgetting' needs clean images; domain '{domains[0].name}' has none. Name your clean "
+            "domain with clean=NAME."
         )
     others = orders.arranged([domain for domain in domains if domain.name != clean], order)
     rows = orders.visits([row for domain in others for row in (domain, source)])

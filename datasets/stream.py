@@ -149,7 +149,7 @@ class Stream(Dataset[Batch]):
         return len(self._only)
 
     def __getitem__(self, batch: int) -> Batch:
-        """The batch with images in the dtype of their source (mostly uint8)."""
+        """The batch with images in the dtype of their source."""
         return self.read(batch)
 
     def read(self, batch: int, *, unfinished: bool = False) -> Batch:
@@ -238,11 +238,11 @@ class Stream(Dataset[Batch]):
                 )
         elif classes.count != count:
             select = (
-                f" They are {classes.count} of the outputs of a larger model: model.select_logits(stream.classes.logits) "
-                "makes one of tta.load_model give those, before tta.adapt; let a model of yours return "
+                f" They are {classes.count} of the outputs of a larger model: before tta.adapt call "
+                "model.select_logits(stream.classes.logits) on a model of tta.load_model; let your own model return "
                 "logits[:, stream.classes.logits]."
                 if classes.logits is not None
-                else " Take a model of these classes; of a folder of your own, class_map= says which outputs they are."
+                else " Use a model with these classes; for a folder of your own, class_map= names the outputs of its classes."
             )
             raise ValueError(
                 f"Stream '{self.name}' has {classes.count} classes; the model gives {count} logits.{select}"

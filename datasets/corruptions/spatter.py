@@ -122,7 +122,7 @@ def _sum_3x3(x: Tensor, weights: tuple[tuple[int, ...], ...] = ((1, 1, 1),) * 3)
 
 
 def _equalised(levels: Tensor) -> Tensor:
-    """Histogram equalisation of each image, levels 0 .. 255 -> 0 .. 255; an image of one level stays as it is."""
+    """Histogram equalisation of each image, levels 0 .. 255 -> 0 .. 255; an image of one level is not changed."""
     flat = levels.flatten(1).long()
     histogram = torch.zeros(len(flat), 256, dtype=torch.int32, device=flat.device)
     histogram.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))

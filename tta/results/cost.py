@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# torch has no public way to see the batch that vmap hides from a model.
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.autograd.graph import register_multi_grad_hook
 
 from tta.adapter import Adapter
@@ -109,8 +112,7 @@ def _models(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
 
 def _images(logits: Tensor) -> int:
     """Number of images behind logits (batch, classes); under ``torch.vmap`` over all views, of which a model sees one."""
-    functorch = torch._C._functorch  # torch has no public way to see the batch that vmap hides
     whole = logits
-    while functorch.is_batchedtensor(whole):
-        whole = functorch.get_unwrapped(whole)
+    while is_batchedtensor(whole):
+        whole = get_unwrapped(whole)
     return whole.numel() // math.prod(logits.shape[1:])

@@ -114,7 +114,10 @@ def auroc(score: Tensor, unknown: Tensor) -> float:
 
     Args:
         score: (n,), any scale.
-        unknown: (n,), boolean; NaN unless there are some of both.
+        unknown: (n,), boolean.
+
+    Returns:
+        NaN unless there are known and unknown classes.
     """
     if not 0 < int(unknown.sum()) < len(unknown) or score.isnan().any():
         return math.nan
@@ -276,7 +279,7 @@ class HScore(Metric):
         self.unknown.append(labels == UNKNOWN)
 
     def compute(self) -> Tensor:
-        """The H-score; NaN unless there were samples of both kinds."""
+        """The H-score; NaN unless there were samples of known and of unknown classes."""
         score, correct, unknown = (
             torch.cat(parts) if isinstance(parts, list) else parts for parts in (self.score, self.correct, self.unknown)
         )

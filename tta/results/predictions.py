@@ -96,7 +96,7 @@ class Predictions:
         """The array of this name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the column is None.
         """
         values: NDArray[Any] | None = getattr(self, name)
         if values is None:

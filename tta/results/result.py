@@ -284,7 +284,7 @@ def find_results(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         found = sorted(root.rglob("result.json")) if root.is_dir() else [root] if root.is_file() else []
         if not found:
             what = "holds no result.json" if root.exists() else "does not exist"
-            raise FileNotFoundError(f"{root} {what}. Expected what `tta run --out DIR` or Result.save wrote.")
+            raise FileNotFoundError(f"{root} {what}. Expected the output of `tta run --out DIR` or Result.save.")
         files.update(dict.fromkeys(file.resolve() for file in found))
     return [Result.load(file) for file in files]
 
