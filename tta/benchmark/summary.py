@@ -216,7 +216,7 @@ class Summary(ResultTable):
         parts = []
         for section in self.sections:
             head = "".join(f"<th>{html.escape(name)}</th>" for name in self._header(section))
-            rows = self._rows(section, "<b>{}</b>".format, "<u>{}</u>".format, html.escape, "&nbsp;±&nbsp;")
+            rows = self._rows(section, "<b>{}</b>".format, "<u>{}</u>".format, html.escape, " ±&nbsp;")
             body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
             title = html.escape(section.title)
             parts.append(f'<h3>{title}</h3>\n<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>')

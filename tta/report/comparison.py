@@ -115,14 +115,31 @@ class Comparison(ResultTable):
         return "\n".join([*lines, "", *self.notes]).strip() + "\n"
 
     def to_html(self) -> str:
-        """An HTML table, rows are methods; the lowest error of a column is bold."""
-        import pandas
+        """An HTML table, rows are methods; the lowest error of a column is bold.
 
-        rows = [row for group in self.groups for row in self._rows(group, "<b>{}</b>".format, html.escape)]
-        table = pandas.DataFrame(rows, columns=[html.escape(name) for name in self._short_header()])
+        Settings that differ between groups stand in a row above each group, the others below the method: columns of their
+        own would make the table wider than a page.
+        """
+        header = ["method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        parts = [f"<thead>\n<tr>{head}</tr>\n</thead>"]
+        for group in self.groups:
+            lines = []
+            if shared := " · ".join(
+                f"{name} {group.settings[name]}" for name in self.varying if name in group.settings
+            ):
+                lines.append(f'<tr class="group"><th colspan="{len(header)}">{html.escape(shared)}</th></tr>')
+            for run, cells in zip(group.runs, self._cells(group, "<b>{}</b>".format), strict=True):
+                method, *settings = map(html.escape, _heading(run, self.varying, group).splitlines())
+                label = f"{method} <small>{' '.join(settings)}</small>" if settings else method
+                whole = (
+                    cell.replace(", ", ",&nbsp;") for cell in cells
+                )  # a line may end before an interval, not in it
+                lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (label, *whole)) + "</tr>")
+            parts.append("\n".join(["<tbody>", *lines, "</tbody>"]))
         notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
-        text = table.to_html(index=False, escape=False, border=0, classes="tta")
-        return f'<div class="wide">{text}</div>\n{notes}'
+        table = "\n".join(['<table class="tta">', *parts, "</table>"])
+        return f'<div class="wide">{table}</div>\n{notes}'
 
     def to_latex(self) -> str:
         """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""
@@ -189,11 +206,15 @@ class Comparison(ResultTable):
         return [f"vs {self.baseline}"] if self.baseline else []
 
     def _rows(self, group: Group, bold: Callable[[str], str], quote: Callable[[str], str] = str) -> Iterator[list[str]]:
+        for run, cells in zip(group.runs, self._cells(group, bold), strict=True):
+            yield [*map(quote, [*run.settings.values(), run.label]), *cells]
+
+    def _cells(self, group: Group, bold: Callable[[str], str]) -> Iterator[list[str]]:
+        """The cells of each run behind its settings and its label."""
         for run in group.runs:
             errors = [_shown(run, column, group, bold) for column in (*self.domains, MEAN)]
-            names = map(quote, [*run.settings.values(), run.label])
             metrics = [_metric(run.result, name) for name in self.metrics]
-            yield [*names, *errors, *([run.versus()] if self.baseline else []), *metrics]
+            yield [*errors, *([run.versus()] if self.baseline else []), *metrics]
 
     def _short_header(self) -> list[str]:
         return [*self.varying, "method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]

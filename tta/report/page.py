@@ -26,13 +26,16 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --faint: #a0a0a0; --line: #555; --paper: #16181b; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 80em; margin: 0 auto;
   padding: 1.5em; }
-h1 { font-size: 1.4em; } h2 { font-size: 1.05em; margin-top: 2.2em; }
+h1 { font-size: 1.4em; } h2 { font-size: 1.05em; margin-top: 2.2em; } h3 { font-size: 0.95em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.87em; }
-th, td { padding: 0.2em 0.6em; text-align: right; white-space: nowrap; border: 0; }
+th, td { padding: 0.2em 0.45em; text-align: right; border: 0; }
+th { white-space: nowrap; }
+small { display: block; color: var(--faint); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 th { border-top: 2px solid var(--ink); border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 2px solid var(--ink); }
+tr.group th { border: 0; border-top: 1px solid var(--line); padding-top: 0.7em; font-weight: normal; color: var(--faint); }
+table tr:last-child td { border-bottom: 1px solid var(--line); } tbody:last-child tr:last-child td { border-bottom: 2px solid var(--ink); }
 p { color: var(--faint); max-width: 60em; font-size: 0.9em; }
 figure { margin: 1em 0; background: #fff; padding: 0.6em; border-radius: 4px; overflow-x: auto; }
 figure svg { max-width: 100%; min-width: 36em; height: auto; display: block; }
