@@ -205,8 +205,8 @@ def test_a_cell_is_finished_when_its_result_is_whole_and_its_description_the_sam
     (home / "result.json").write_text((home / "result.json").read_text()[:50])
     assert cells.read(tmp_path, cell) is None  # half-written: to be run again
     cells.write(tmp_path, cell, result())
-    told = json.loads((home / "cell.json").read_text())
-    (home / "cell.json").write_text(json.dumps({**told, "seed": 5}))
+    described = json.loads((home / "cell.json").read_text())
+    (home / "cell.json").write_text(json.dumps({**described, "seed": 5}))
     assert cells.read(tmp_path, cell) is None
 
 

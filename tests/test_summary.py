@@ -30,8 +30,8 @@ def entries(**changes):
 def outcome(cell):
     errors = ERRORS[cell.method][cell.seed]
     rows = tuple(Row(domain=d, samples=10, errors=n) for d, n in zip(("gaussian_noise", "fog"), errors, strict=True))
-    told = {"method": cell.method, "stream": cell.stream, "seed": cell.seed, "reset": "never", "rows": rows}
-    return Result(**told, config=dict(cell.hparams), manifest={}, seconds=1.0)
+    fields = {"method": cell.method, "stream": cell.stream, "seed": cell.seed, "reset": "never", "rows": rows}
+    return Result(**fields, config=dict(cell.hparams), manifest={}, seconds=1.0)
 
 
 def outcomes(rows, **failing):

@@ -77,8 +77,7 @@ class Benchmark(SharedSettings):
     published: str | None = None
 
 
-# Keys of a description in the order in which they are written. Dataclasses put inherited fields first; a file begins with
-# its name.
+# Keys of a description in the order in which they are written: its name first. Dataclasses put inherited fields first.
 KEYS = (*(item.name for item in dataclasses.fields(Benchmark) if item.name not in SHARED), *SHARED)
 
 
@@ -121,15 +120,15 @@ def _described(what: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             )
         return {"name": str(what), **found}
     if not file.is_file():
-        raise config.ConfigError(f"There is no file '{file}'.")
+        raise config.ConfigError(f"No file '{file}'.")
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise config.ConfigError(f"'{file}' describes no benchmark: expected keys such as methods and streams.")
+        raise config.ConfigError(f"'{file}' does not describe a benchmark: expected keys such as methods and streams.")
     return {"name": file.stem, **found}
 
 
 def _named(value: Any) -> dict[str, Any]:
-    """An axis as names with their settings: ``[a, b]`` and ``{a: , b: {}}`` say the same."""
+    """An axis as names with their settings: ``[a, b]`` and ``{a: , b: {}}`` mean the same."""
     if isinstance(value, Mapping):
         return {str(name): dict(settings or {}) for name, settings in value.items()}
     return {str(name): {} for name in ([value] if isinstance(value, str) else value)}
@@ -365,7 +364,9 @@ def run(
 ) -> Summary:
     """Run the unfinished cells of a benchmark's rows and sum up all rows; arguments are those of :func:`bench`."""
     if jobs < 1 or (ray and jobs > 1):
-        raise config.ConfigError(f"jobs is 1 or more, and on a cluster Ray decides; got jobs={jobs}, ray={ray!r}.")
+        raise config.ConfigError(
+            f"jobs is 1 or more, and 1 on a cluster, where Ray decides; got jobs={jobs}, ray={ray!r}."
+        )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     described = dataclasses.asdict(benchmark)

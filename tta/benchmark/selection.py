@@ -61,7 +61,7 @@ def inconsistency(result: Result) -> float:
         ValueError: the run did not measure it.
     """
     if "consistency" not in result.metrics:
-        raise ValueError(f"{result!r} was run without measuring how consistent its predictions are.")
+        raise ValueError(f"{result!r} was run without measuring the consistency of its predictions.")
     return 100.0 - float(result.metrics["consistency"])
 
 

@@ -19,7 +19,7 @@ from tta.benchmark.cells import Cell, Failure, Outcome
 
 Task = Callable[[Cell], Outcome]
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-DIED = "The process died before it was done; it may have been killed for memory."
+DIED = "The process died before it was done; it may have run out of memory."
 
 
 def here(task: Task, cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:

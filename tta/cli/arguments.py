@@ -14,11 +14,11 @@ METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", 
 
 
 class UsageError(ValueError):
-    """The user asked for something that does not exist."""
+    """The command line asks for something that does not exist."""
 
 
 @contextlib.contextmanager
-def usage() -> Iterator[None]:
+def usage_errors() -> Iterator[None]:
     """Turn errors into usage errors: while a run is being set up, they are the user's mistake and not a failed run."""
     try:
         yield
@@ -128,5 +128,5 @@ def key_values(words: Sequence[str]) -> dict[str, Any]:
     """Settings KEY=VALUE as a mapping; a UsageError for a word of another form."""
     strange = next((word for word in words if "=" not in word), None)
     if strange is not None:
-        raise UsageError(f"'{strange}' is no setting: expected KEY=VALUE.")
+        raise UsageError(f"'{strange}' is not a setting: expected KEY=VALUE.")
     return {key: config.parse(text) for key, _, text in (word.partition("=") for word in words)}

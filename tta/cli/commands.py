@@ -29,8 +29,8 @@ from rich.text import Text
 from tta import config
 from tta.allocator import keep_freed_memory
 from tta.benchmark import RunSettings, runs
-from tta.cli import arguments as words
 from tta.cli import listings
+from tta.cli.arguments import UsageError, key_values, parse_request, usage_errors
 from tta.cli.parser import make_parser
 
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings():
             return ACTIONS[arguments.command](arguments)
     except (KeyboardInterrupt, SystemExit):  # within a run, Lightning turns Ctrl+C and SIGTERM into SystemExit
-        print("tta: stopped before the end. What had finished is kept.", file=sys.stderr)
+        print("tta: stopped before the end. Results that had finished are kept.", file=sys.stderr)
         return 1
     except Exception as error:
         if arguments.debug:
             raise
         print(f"tta: {runs.error_message(error)}", file=sys.stderr)
-        if isinstance(error, (words.UsageError, config.ConfigError)):
+        if isinstance(error, (UsageError, config.ConfigError)):
             return 2
         print("tta: the run failed; --debug shows where.", file=sys.stderr)
         return 1
@@ -96,8 +96,8 @@ def _plain_warnings() -> Iterator[None]:
 def _run(arguments: argparse.Namespace) -> int:
     import tta
 
-    with words.usage():
-        request = words.parse_request(arguments.words)
+    with usage_errors():
+        request = parse_request(arguments.words)
         stream = runs.make_stream(request)
         clean = stream.clean() if request.run.clean else None
         models = runs.source_models(request, stream)
@@ -157,8 +157,8 @@ def _free(folder: Path) -> Path:
 def _bench(arguments: argparse.Namespace) -> int:
     from tta import benchmark
 
-    with words.usage():
-        described = benchmark.load(arguments.name, words.key_values(arguments.words))
+    with usage_errors():
+        described = benchmark.load(arguments.name, key_values(arguments.words))
     return _run_benchmark(described, arguments)
 
 
@@ -167,12 +167,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     from tta.benchmark import WAYS
 
     names = [word for word in arguments.words if "=" not in word]
-    settings = words.key_values([word for word in arguments.words if "=" in word])
-    with words.usage():
+    settings = key_values([word for word in arguments.words if "=" in word])
+    with usage_errors():
         if len(names) == 1 and (names[0] in benchmark.available() or names[0].endswith((".yaml", ".yml"))):
             described = benchmark.load(names[0], settings)
         else:
-            request = words.parse_request(names)
+            request = parse_request(names)
             named = {"name": f"tune-{request.stream}", "methods": request.methods, "streams": [request.stream]}
             described = benchmark.load(named, settings)
     return _run_benchmark(dataclasses.replace(described, select=described.select or list(WAYS)), arguments)
@@ -184,7 +184,7 @@ def _run_benchmark(described: "Benchmark", arguments: argparse.Namespace) -> int
 
     console = Console(stderr=True)
     out = arguments.out or Path("runs") / described.name
-    with words.usage():
+    with usage_errors():
         rows = benchmark.entries(described)
 
     def report(cell: "Cell", outcome: "Outcome", done: int, total: int) -> None:
@@ -211,19 +211,19 @@ def _print_table(table: "ResultTable", kind: str) -> None:
 def _source(arguments: argparse.Namespace) -> int:
     from tta.datasets import catalog
 
-    with words.usage():
+    with usage_errors():
         of_stream = [arguments.data] if arguments.data in catalog.STREAMS else []
-        request = words.parse_request([*of_stream, *arguments.words])
+        request = parse_request([*of_stream, *arguments.words])
         if request.stream_settings:
-            raise words.UsageError(
-                f"'{next(iter(request.stream_settings))}' is a setting of a stream; here there is none."
+            raise UsageError(
+                f"'{next(iter(request.stream_settings))}' is a setting of a stream, and this command runs none."
             )
         model = runs.source_model(arguments.model, request, catalog.classes_of(request.stream))
         needs: list[Need] = []
         for name in request.methods:
             needs += [need for need in runs.source_needs(model, name, request) if need not in needs]
         if not needs:
-            raise words.UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
+            raise UsageError(f"Nothing to record: {', '.join(request.methods)} need not know the source domain.")
         images = catalog.source_images(arguments.data, model.preprocessing)
     console = Console(stderr=True)
 
@@ -247,17 +247,15 @@ def _corrupt(arguments: argparse.Namespace) -> int:
     from tta.datasets.write import write_corrupted
 
     known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality", "on_error")
-    settings = words.key_values(arguments.words)
+    settings = key_values(arguments.words)
     if strange := next((key for key in settings if key not in known), None):
-        raise words.UsageError(
-            f"No setting '{strange}'.{config.nearest(strange, known)} There are: {', '.join(known)}."
-        )
+        raise UsageError(f"No setting '{strange}'.{config.nearest(strange, known)} There are: {', '.join(known)}.")
     console = Console(stderr=True)
 
     def progress(steps: Any, total: int) -> Any:
         return track(steps, "corrupting", total=total, console=console, disable=not console.is_terminal)
 
-    with words.usage():
+    with usage_errors():
         written = write_corrupted(
             arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
         )
@@ -273,7 +271,7 @@ def _table(arguments: argparse.Namespace) -> int:
     from tta import benchmark
     from tta.results import find_results
 
-    with words.usage():
+    with usage_errors():
         is_benchmark = len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file()
         if is_benchmark:
             results = find_results(sorted(arguments.folders[0].rglob("result.json")))  # there may be none yet
@@ -295,7 +293,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
     one, other = map(str, arguments.results)
     prefix, _, name = other.partition(":")
-    with words.usage():
+    with usage_errors():
         if prefix == "published":
             found = published.differences(Result.load(one), name)
         else:
@@ -321,12 +319,12 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     known = ["schedule", *figures.FIGURES]
     out = arguments.out or Path(f"{arguments.what}.png")
-    with words.usage():
+    with usage_errors():
         if arguments.what not in known:
             near = config.nearest(arguments.what, known)
-            raise config.ConfigError(f"No picture '{arguments.what}'.{near} There are: {', '.join(known)}.")
+            raise config.ConfigError(f"No figure '{arguments.what}'.{near} There are: {', '.join(known)}.")
         if arguments.what == "schedule":
-            figure = plots.schedule(runs.make_stream(words.parse_request(arguments.words)))
+            figure = plots.schedule(runs.make_stream(parse_request(arguments.words)))
         else:
             figure = figures.FIGURES[arguments.what](find_results(arguments.words))
         plots.save(figure, out)
@@ -360,7 +358,7 @@ def _download(arguments: argparse.Namespace) -> int:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, words.usage():
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars, usage_errors():
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int | None) -> None:

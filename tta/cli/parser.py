@@ -18,35 +18,35 @@ settings:   lr=1e-3            every method named that has the key
             model=digits-vit   the rest: model, checkpoint, num_classes, mean, std, source, preset, protocol, reset, seed,
                                batch_size, precision, accelerator, num_workers (processes that read ahead),
                                clean (true: predict clean images before and after)
-source:     source=FILE        what methods such as eata may know of the source domain, saved by `tta source`, or a folder
-                               of images; left out, the stream's own source images where it has them
+source:     source=FILE        source statistics for methods such as eata, saved by `tta source`, or a folder of images;
+                               left out, the stream's own source images if it has any
 ccc:        protocol=ccc matrix=FILE, or without one calibrated on the run's model: target=20 speed=1000 total=7500000
 example:    tta run digits-c source tent severity=3 tent.lr=5e-3 seed=1 --out runs/mine
 """
 
 SOURCE_HELP = """\
-Record what methods must know of the source domain, so that they run without source images: one pass, one file.
+Record the source statistics that methods need, in one pass and one file, so that they run without source images.
 
 DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
-METHOD:     any, and the stream they will run on, where the model answers with some of its classes there (imagenet-r)
+METHOD:     methods, and the stream they will run on if it has only some of the model's classes (imagenet-r)
 settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
 example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
             tta run digits-c eata actmad source=source.safetensors
 """
 
 CORRUPT_HELP = """\
-Write a corrupted copy of images, laid out and saved as the published sets are. Stopped, it goes on where it was.
+Write a corrupted copy of images in the layout and format of the published sets. If stopped, the same command resumes.
 
 SRC:        a folder CLASS/IMAGE; clean CIFAR as torchvision downloads it; or an .npy file, uint8 (n, height, width, 3)
-DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json tells how it was made
+DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json says how it was made
 settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a folder's images resize=256 crop=224
             quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless); on_error=skip leaves broken files out
 example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
 """
 
 BENCH_HELP = """\
-Run a benchmark: methods x models x streams x protocols x seeds, each a cell of its own. Stopped at any moment, the same command
-goes on where it was; a cell that failed stands in the table with its reason and is tried again the next time.
+Run a benchmark: methods x models x streams x protocols x seeds, one cell for each combination. If stopped, the same command
+resumes; the table shows each failed cell with its reason, and failed cells are run again the next time.
 
 NAME|FILE:  one of `tta list benchmarks`, or a .yaml file of your own
 settings:   methods=[source,tent] seeds=[0,1]   replaces a list of the file
@@ -57,28 +57,29 @@ example:    tta bench ttab-mini --jobs 2
 """
 
 TUNE_HELP = """\
-Run a grid for each method and select hyper-parameters from it: with test labels (marked as oracle), with those of the validation
-corruptions alone, and without labels. Resumable as `tta bench` is.
+Run a grid for each method and select hyper-parameters from it: with test labels (marked as oracle), with labels of the validation
+corruptions only, and without labels. If stopped, the same command resumes.
 
 words:      one of `tta list benchmarks` or a .yaml file; or a stream and methods
-settings:   as in `tta bench`; select=[validation,entropy] chooses the ways, grid.lr=[1e-2,1e-3] what is searched
-ways:       episodic-oracle, online-last (both look at test labels), validation, entropy, consistency
+settings:   as in `tta bench`; select=[validation,entropy] for these ways of selection, grid.lr=[1e-2,1e-3] for this grid
+ways:       episodic-oracle, online-last (both use test labels), validation, entropy, consistency
 example:    tta tune digits-c source tent sar seeds=[0,1,2] stream.samples=100 --jobs 2
 """
 
 PLOT_HELP = """\
-Draw results, or what a stream brings.
+Draw results, or the schedule of a stream.
 
 WHAT:       curve (error over the stream), heatmap (method x domain), pareto (error against cost), calibration, grid (learning
-            rate x steps): of RESULTS, folders that `tta run --out` or `tta bench` wrote; or schedule: what arrives when
-words:      of schedule those of `tta run`: STREAM and settings; no image is read
+            rate x steps): of RESULTS, folders that `tta run --out` or `tta bench` wrote; or schedule (domains and classes in
+            each batch of a stream)
+words:      for schedule STREAM and settings as in `tta run`; no image is read
 example:    tta plot curve runs/mine -o curve.svg
             tta plot schedule digits-c protocol=ptta -o ptta.png
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; the ``command`` that it finds is a key of :data:`COMMANDS`, or None."""
+    """Make the parser of ``tta``; ``command`` of its result is a key of :data:`COMMANDS`, or None without a command."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(prog="tta", description="Test-time adaptation of vision models.")
@@ -117,8 +118,8 @@ def _tune(parser: argparse.ArgumentParser) -> None:
 def _many_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/NAME)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of this machine (default: 1)")
-    parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto, or local for one of this machine")
-    parser.add_argument("--format", default="terminal", choices=FORMATS, help="of the table")
+    parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto, or local for one on this machine")
+    parser.add_argument("--format", default="terminal", choices=FORMATS, help="format of the table")
 
 
 def _source(parser: argparse.ArgumentParser) -> None:
@@ -165,9 +166,11 @@ def _plot(parser: argparse.ArgumentParser) -> None:
 
 def _download(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="of a data set that is published in several")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="where to (default: TTA_DATA, else ./data or a cache)")
-    parser.add_argument("--trust", action="store_true", help="take a file that nobody published a checksum of")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts of a data set that is published in several")
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="target folder (default: TTA_DATA, else ./data or a cache)"
+    )
+    parser.add_argument("--trust", action="store_true", help="accept a file without a published checksum")
     parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
 
 
@@ -176,7 +179,7 @@ def _list(parser: argparse.ArgumentParser) -> None:
 
 
 class Command(NamedTuple):
-    """A sub-command: its line in the list of commands, its arguments, and its help text."""
+    """A sub-command: its line in the list of commands, a function that adds its arguments, and its help text."""
 
     line: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -187,11 +190,11 @@ COMMANDS = {
     "run": Command("run methods on a stream, print the table", _run, RUN_HELP),
     "bench": Command("run a benchmark, resumable, print its table", _bench, BENCH_HELP),
     "tune": Command("select hyper-parameters, with and without labels", _tune, TUNE_HELP),
-    "source": Command("record what methods must know of the source domain", _source, SOURCE_HELP),
+    "source": Command("record the source statistics that methods need", _source, SOURCE_HELP),
     "corrupt": Command("write a corrupted copy of a folder of images or of CIFAR", _corrupt, CORRUPT_HELP),
     "table": Command("compare results on disk", _table),
     "diff": Command("name the fields in which two results differ", _diff),
-    "plot": Command("draw results, or what arrives when", _plot, PLOT_HELP),
+    "plot": Command("draw results, or the schedule of a stream", _plot, PLOT_HELP),
     "download": Command("get published data sets; alone: list them", _download),
-    "list": Command("what there is", _list),
+    "list": Command("list methods, streams, models ...", _list),
 }

@@ -117,8 +117,8 @@ class Comparison(ResultTable):
     def to_html(self) -> str:
         """An HTML table, rows are methods; the lowest error of a column is bold.
 
-        Settings that differ between groups stand in a row above each group, the others below the method: columns of their
-        own would make the table wider than a page.
+        Varying settings that a group shares are in a row above it, the others below the method: as columns they would
+        make the table wider than a page.
         """
         header = ["method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
         head = "".join(f"<th>{html.escape(name)}</th>" for name in header)

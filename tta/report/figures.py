@@ -232,7 +232,7 @@ def reliability(results: Sequence[Result]) -> tuple[Floats, Floats, Floats]:
         ValueError: results without predictions, or written by an earlier version.
     """
     if any(result.predictions is None for result in results):
-        raise ValueError("A calibration needs the predictions of a run, which are not at hand: run it with --out.")
+        raise ValueError("A calibration needs predictions, which these results lack: run with --out.")
     kept = [result.predictions.select(result.predictions.known) for result in results if result.predictions]
     confidence = np.concatenate([one.column("confidence") for one in kept]).astype(np.float64)
     correct = np.concatenate([one.correct for one in kept])

@@ -53,9 +53,9 @@ def html_page(table: ResultTable, results: Sequence[Result], *, title: str = "Te
         title: title of the page.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Online error in %</h2>", table.to_html()]
-    parts += [f"<h2>{html.escape(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _pictures(results).items()]
+    parts += [f"<h2>{html.escape(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _figures(results).items()]
     if find_spec("matplotlib") is None:
-        parts.append("<p>Pictures need matplotlib: pip install 'tta-toolkit[plot]', then write this page again.</p>")
+        parts.append("<p>Figures need matplotlib: pip install 'tta-toolkit[plot]', then write this page again.</p>")
     parts.append("<h2>Settings</h2>")
     parts += [_details(label, member) for label, members in _grouped(results).items() for member in members]
     body = "\n".join(parts)
@@ -70,7 +70,7 @@ def _grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
     return figures.grouped(results) if results else {}
 
 
-def _pictures(results: Sequence[Result]) -> dict[str, str]:
+def _figures(results: Sequence[Result]) -> dict[str, str]:
     """The figures that can be drawn of the results: title -> SVG."""
     found: dict[str, str] = {}
     for name, title in TITLES.items():

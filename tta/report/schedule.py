@@ -89,7 +89,7 @@ def new_figure(size: tuple[float, float]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("Pictures need matplotlib: pip install 'tta-toolkit[plot]'.") from None
+        raise ModuleNotFoundError("Figures need matplotlib: pip install 'tta-toolkit[plot]'.") from None
     return Figure(figsize=size, layout="constrained")
 
 
