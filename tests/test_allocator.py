@@ -8,27 +8,32 @@ import sys
 import pytest
 
 from tta import cli
+from tta.benchmark import workers
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 
 FAULTS = """
 import resource, torch
-from tta.allocator import keep_freed_memory
-kept = keep_freed_memory()
 def use_and_free():
     for _ in range(20):
         torch.ones(10_000_000)  # 40 MB, above any size that glibc would keep by itself
 use_and_free()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 use_and_free()
-print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+SCRIPT = f"""
+from tta.allocator import keep_freed_memory
+kept = keep_freed_memory()
+{FAULTS}
+print(kept, faults)
 """
 
 
 def kept_and_faults(**settings: str) -> tuple[str, int]:
     others = ("MALLOC_", "GLIBC_", "LD_PRELOAD")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(others)} | settings
-    command = [sys.executable, "-c", FAULTS]
+    command = [sys.executable, "-c", SCRIPT]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     kept, faults = output.stdout.split()
     return kept, int(faults)
@@ -44,6 +49,15 @@ def test_a_setting_of_the_users_stays() -> None:
     kept, faults = kept_and_faults(MALLOC_MMAP_THRESHOLD_="1000000")
     assert kept == "False"
     assert faults >= 20  # each of the 20 tensors is mapped anew: by 9 766 small pages or 20 huge ones
+
+
+def test_workers_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))]:
+        monkeypatch.delenv(name)
+    task = f"(found := {{}}, exec({FAULTS!r}, found))[0]['faults']"
+    ((_, faults),) = workers.in_processes(eval, [task], jobs=1)  # type: ignore[arg-type]
+    assert isinstance(faults, int)
+    assert faults < 20
 
 
 def test_only_the_command_line_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,21 @@
 """Benchmarks: what a description becomes, cells on disk, resuming after a kill, workers."""
 
+import dataclasses
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import tta
 from tta import benchmark
-from tta.benchmark import Failure, cells, workers
-from tta.benchmark.cells import Cell
+from tta.benchmark import Cell, Failure, cells, settings, workers
 from tta.cli import main
 from tta.config import ConfigError
 from tta.results import Result, Row
@@ -45,6 +48,70 @@ def test_a_description_becomes_the_same_cells_every_time():
     one = Cell(method="tent", stream="digits-c", hparams={"lr": 0.001}, model="timm:vit/x", accelerator="cpu")
     assert one.name == Cell(method="tent", stream="digits-c", hparams={"lr": 0.001}, model="timm:vit/x").name
     assert one.name == "digits-c_continual_timm-vit-x_tent_lr=0.001_seed0_" + one.name[-8:]
+
+
+def test_a_description_keeps_the_name_that_it_has_on_disk():
+    assert (
+        Cell(method="source", stream="digits-c", model="digits-cnn").name
+        == "digits-c_continual_digits-cnn_source_seed0_21a71514"
+    )
+    whole = Cell(
+        method="tent",
+        hparams={"lr": 0.005, "steps": 1},
+        stream="digits-c",
+        stream_settings={"samples": 7, "delta": 0.1},
+        protocol="correlated",
+        model="digits-cnn",
+        checkpoint="x.safetensors",
+        num_classes=7,
+        mean=[0.5, 0.5, 0.5],
+        std=[1, 1, 1],
+        preset="cifar10-c",
+        source="s",
+        batch_size=5,
+        reset="domain",
+        precision="bf16-mixed",
+        clean=True,
+        consistency=True,
+        accelerator="cpu",
+        num_workers=2,
+    )
+    assert whole.name == "digits-c_correlated_digits-cnn_tent_lr=0.005_steps=1_seed0_0feafb17"
+
+
+SHARED = {
+    "checkpoint": "x.safetensors",
+    "source": "statistics",
+    "batch_size": 50,
+    "reset": "domain",
+    "precision": "bf16-mixed",
+    "clean": True,
+    "accelerator": "cpu",
+    "num_workers": 2,
+}
+
+
+def test_settings_of_a_benchmark_are_those_of_its_cells_and_of_their_requests():
+    assert SHARED.keys() == {field.name for field in dataclasses.fields(settings.SharedSettings)}
+    for cell in benchmark.in_order(benchmark.entries(benchmark.load({**TINY, **SHARED}))):
+        assert {name: getattr(cell, name) for name in SHARED} == SHARED
+        assert {name: getattr(cell.request.run, name) for name in SHARED} == SHARED
+
+
+def test_settings_that_are_handed_on_are_arguments_of_the_function():
+    assert set(settings.OF_MODEL) <= inspect.signature(tta.load_model).parameters.keys()
+    assert set(settings.OF_ENGINE) <= inspect.signature(tta.evaluate).parameters.keys()
+    assert {*settings.OF_MODEL, *settings.OF_ENGINE} <= {
+        field.name for field in dataclasses.fields(settings.RunSettings)
+    }
+
+
+def test_the_description_on_disk_is_the_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "run_cell", lambda cell: result(cell.method, cell.seed))
+    tta.bench({**TINY, **SHARED}, out=tmp_path)
+    assert benchmark.load(tmp_path / benchmark.DESCRIPTION) == benchmark.load({**TINY, **SHARED})
+    written = list(yaml.safe_load((tmp_path / benchmark.DESCRIPTION).read_text()))
+    assert (written[0], written[-len(SHARED) :]) == ("name", list(SHARED))
 
 
 def test_lists_and_dictionaries_say_the_same_and_numbers_are_numbers():
@@ -138,8 +205,8 @@ def test_a_cell_is_finished_when_its_result_is_whole_and_its_description_the_sam
     (home / "result.json").write_text((home / "result.json").read_text()[:50])
     assert cells.read(tmp_path, cell) is None  # half-written: to be run again
     cells.write(tmp_path, cell, result())
-    told = json.loads((home / "cell.json").read_text())
-    (home / "cell.json").write_text(json.dumps({**told, "seed": 5}))
+    described = json.loads((home / "cell.json").read_text())
+    (home / "cell.json").write_text(json.dumps({**described, "seed": 5}))
     assert cells.read(tmp_path, cell) is None
 
 
@@ -238,6 +305,23 @@ def _is_alive(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_cells_on_ray_run_where_freed_memory_is_kept(monkeypatch):
+    seen = []
+    ray = SimpleNamespace(
+        init=lambda **_: None,
+        cluster_resources=dict,
+        remote=lambda **_: lambda function: SimpleNamespace(remote=lambda *given: (function, given)),
+        wait=lambda tasks, num_returns: (tasks[:num_returns], tasks[num_returns:]),
+        get=lambda task: task[0](*task[1]),
+        exceptions=SimpleNamespace(RayError=RuntimeError),
+        shutdown=lambda: seen.append("down"),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(workers, "keep_freed_memory", lambda: seen.append("kept"))
+    assert list(workers.over_ray(eval, ["1 + 1", "2 + 2"], "local")) == [("1 + 1", 2), ("2 + 2", 4)]
+    assert seen == ["kept", "kept", "down"]
 
 
 def test_without_ray_the_message_says_how_to_get_it(monkeypatch):

@@ -180,9 +180,9 @@ def test_a_broken_picture_is_a_sentence_in_worker_processes_and_benchmarks_too(t
     )
     for workers in ("num_workers=0", "num_workers=1"):
         assert main(["run", *words, workers, "--out", str(tmp_path / "out")]) == 1
-        told = capsys.readouterr().err
-        assert f"tta: {sentence}" in told
-        assert "Caught" not in told
+        printed = capsys.readouterr().err
+        assert f"tta: {sentence}" in printed
+        assert "Caught" not in printed
     assert main(["run", *words, "on_error=skip", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err.startswith("tta: 1 of 12 files in ")
     cell = Cell(

@@ -13,7 +13,7 @@ import yaml
 import tta
 from tta import benchmark
 from tta.cli import arguments as words
-from tta.cli import commands
+from tta.cli import parser
 from tta.datasets import catalog, download
 from tta.report import figures
 from tta.results import published
@@ -42,8 +42,8 @@ def anchors(text):
 def problem(command):
     """What is wrong with a command; None where every name in it is known. Nothing is read, run or downloaded."""
     try:
-        given = commands._parser().parse_args(shlex.split(command, comments=True)[1:])
-        action = given.action.__name__.strip("_")
+        given = parser.make_parser().parse_args(shlex.split(command, comments=True)[1:])
+        action = given.command
         if action == "plot" and given.what != "schedule":
             assert given.what in figures.FIGURES
         elif action in ("run", "plot", "source"):
@@ -89,7 +89,7 @@ def test_commands_are_understood(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_within_a_sentence_are_there(page):
-    known = commands._parser()._subparsers._group_actions[0].choices
+    known = parser.COMMANDS
     named = re.findall(r"`tta ([a-z]+)", prose(page))
     named_scripts = re.findall(r"`python (\S+\.py)", prose(page))
     assert [name for name in named if name not in known] == []

@@ -19,9 +19,9 @@ pytest.importorskip("matplotlib", reason="the extra plot is not installed")
 def results():
     """Two methods, two seeds each, on two domains of 40 digits."""
     model = tta.load_model("digits-cnn")
-    told = {"corruptions": ["fog", "contrast"], "samples": 40, "batch_size": 10}
+    settings = {"corruptions": ["fog", "contrast"], "samples": 40, "batch_size": 10}
     return [
-        tta.evaluate(tta.adapt(model, method), tta.stream("digits-c", seed=seed, **told), progress=False)
+        tta.evaluate(tta.adapt(model, method), tta.stream("digits-c", seed=seed, **settings), progress=False)
         for method in ("source", "norm")
         for seed in (0, 1)
     ]

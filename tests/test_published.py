@@ -16,9 +16,9 @@ def make(method="tent", errors=None, **changes):
     errors = errors or TENT.rows[method]["errors"]
     rows = tuple(Row(domain=d, samples=10000, errors=round(100 * e)) for d, e in zip(TENT.domains, errors, strict=True))
     data = {"protocol": "per-domain", "batch_size": 200, "settings": {"severity": 5}}
-    told = {"stream": "cifar10-c", "seed": 0, "reset": "domain", "config": {}, "seconds": 1.0}
+    fields = {"stream": "cifar10-c", "seed": 0, "reset": "domain", "config": {}, "seconds": 1.0}
     manifest = {"data": data, "model": {"spec": TENT.manifest["model"]}}
-    return Result(**{"method": method, "rows": rows, "manifest": manifest, **told, **changes})
+    return Result(**{"method": method, "rows": rows, "manifest": manifest, **fields, **changes})
 
 
 @pytest.mark.parametrize("name", published.available())
@@ -28,8 +28,12 @@ def test_every_table_is_whole(name):
     assert table.source
     assert table.manifest["protocol"] in PROTOCOLS
     assert {"stream", "model"} <= set(table.manifest)
-    for name, told in table.rows.items():
-        row = table.row(told.get("method", name), told.get("config", {})) if isinstance(told, dict) else table.row(name)
+    for name, given in table.rows.items():
+        row = (
+            table.row(given.get("method", name), given.get("config", {}))
+            if isinstance(given, dict)
+            else table.row(name)
+        )
         assert 0 < row["mean"] < 100
         if "errors" in row:
             assert len(row["errors"]) == len(table.domains)

@@ -87,6 +87,21 @@ def test_html_escapes_names_and_keeps_bold():
     assert "<i>" not in text
 
 
+def test_html_has_no_columns_of_settings_but_a_row_above_each_group_and_a_line_below_the_method():
+    runs = [
+        SOURCE,
+        BETTER,
+        make("tent", [[0] * 4] * 2, config={"lr": 0.2}, reset="batch"),
+        make("norm", [[0]] * 2, seed=1),
+    ]
+    text = tta.compare(runs).to_html()
+    assert re.findall("<th>(.*?)</th>", text) == ["method", "gauss", "fog", "mean", "vs source"]
+    assert re.findall('<th colspan="5">(.*?)</th>', text) == ["seed 0", "seed 1 · reset never"]
+    assert re.findall("<small>(.*?)</small>", text) == ["reset=never", "lr=0.1 reset=never", "lr=0.2 reset=batch"]
+    assert re.search(r"<td>-25\.0 \[-\d+\.\d,&nbsp;[+-]?\d+\.\d\]</td>", text)  # wraps before the interval
+    assert "colspan" not in tta.compare([SOURCE, BETTER]).to_html()
+
+
 def test_runs_that_may_not_be_compared_are_kept_apart():
     comparison = tta.compare([SOURCE, BETTER, make("source", [[1, 1, 1, 1], [1, 1, 1, 1]], seed=1)])
     assert [len(group.runs) for group in comparison.groups] == [2, 1]

@@ -30,8 +30,8 @@ def entries(**changes):
 def outcome(cell):
     errors = ERRORS[cell.method][cell.seed]
     rows = tuple(Row(domain=d, samples=10, errors=n) for d, n in zip(("gaussian_noise", "fog"), errors, strict=True))
-    told = {"method": cell.method, "stream": cell.stream, "seed": cell.seed, "reset": "never", "rows": rows}
-    return Result(**told, config=dict(cell.hparams), manifest={}, seconds=1.0)
+    fields = {"method": cell.method, "stream": cell.stream, "seed": cell.seed, "reset": "never", "rows": rows}
+    return Result(**fields, config=dict(cell.hparams), manifest={}, seconds=1.0)
 
 
 def outcomes(rows, **failing):
@@ -73,7 +73,7 @@ def test_latex_html_and_csv():
     assert "norm & \\textbf{30.0 $\\pm$ 14.1} & \\underline{40.0 $\\pm$ 0.0}" in found.to_latex()
     assert found.to_latex().count("\\begin{tabular}{lrrrr}") == 2
     page = found.to_html()
-    assert "<td><u>40.0&nbsp;±&nbsp;0.0</u></td>" in page
+    assert "<td><u>40.0 ±&nbsp;0.0</u></td>" in page
     assert "http" not in page  # nothing is fetched
     rows = list(csv.DictReader(io.StringIO(found.to_csv())))
     assert [row["method"] for row in rows] == ["source", "norm", "tent"] * 2

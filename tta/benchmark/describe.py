@@ -1,4 +1,4 @@
-"""Benchmarks: a description in YAML becomes a grid of cells, the cells are run wherever there is room, a table sums them up."""
+"""Descriptions of benchmarks: YAML becomes a grid of cells, which are run and summed up in a table."""
 
 import copy
 import dataclasses
@@ -6,61 +6,58 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tta import config
 from tta.benchmark import cells, workers
-from tta.benchmark.cells import OF_MODEL, Cell, Outcome
-from tta.benchmark.selection import WAYS, Candidate, Entry
+from tta.benchmark.cells import Cell, Outcome
+from tta.benchmark.selection import WAYS, Candidate, TableRow
+from tta.benchmark.settings import OF_MODEL, SHARED, SharedSettings, as_arguments
 from tta.benchmark.summary import Summary, summarise
 from tta.results import Result
 
-FOLDER = "benchmark"  # of configs/
+if TYPE_CHECKING:
+    from tta.adapter import Config
+
+FOLDER = "benchmark"  # in configs/
 DESCRIPTION = "benchmark.yaml"
 CELLS = "cells"
 EPISODIC = "episodic-oracle"
 COLUMNS = ("domain", "stream", "mean")
 ORDERS = ("given", "error")
-OF_STREAM = "stream."  # before a key of a method's settings that is one of its stream's
+STREAM_PREFIX = "stream."  # marks the settings of a method that are for its stream
 AXES = ("methods", "streams", "models", "protocols")
 Report = Callable[[Cell, Outcome, int, int], None]
 
 
-@dataclass
-class Benchmark:
+@dataclass(frozen=True)
+class Benchmark(SharedSettings):
     """A grid of runs: methods x models x streams x protocols x presets x seeds, and hyper-parameters where a grid is given.
 
-    The four axes that are dictionaries have names as keys and settings as values; in YAML a list of names will do.
+    The four axes that are dictionaries have names as keys and settings as values; in YAML a list of names will do. The
+    settings that all runs share are those of :class:`tta.benchmark.settings.SharedSettings`.
 
     Attributes:
-        name: of it, and of its folder; left out, that of the file.
-        about: a line on what it is.
-        methods: with the hyper-parameters of each, over its preset. ``stream.samples`` and the like are settings of the
-            stream for this method alone, ``stream.batch_size`` too: what is dear is given fewer images.
+        name: its name and that of its folder; left out, the name of the file.
+        about: its description in one line.
+        methods: with the hyper-parameters of each, over its preset. ``stream.samples``, ``stream.batch_size`` and the like
+            are settings of the stream for this method alone, so that a slow method may be given fewer images.
         streams: with the settings of each.
         models: specs of source models, with ``checkpoint``, ``num_classes``, ``mean`` and ``std`` where one needs them; left
             out, the stream's own.
         protocols: with the parameters of each; left out, ``continual``.
-        seeds: of the streams.
-        presets: a method without the preset runs with its defaults; ``null`` is the one of the stream's name.
-        grid: lists of values by hyper-parameter, for every method that has it; under a method's name for it alone.
-        select: ways of selection (see :mod:`tta.benchmark.selection`); none: each point of the grid has a row of its own.
-        oracle_steps: steps a batch that ``episodic-oracle`` selects from.
-        columns: of the table: ``"domain"``, ``"stream"`` with the mean error of each, or ``"mean"`` alone; left out,
-            domains of one stream, and of several the streams.
+        seeds: seeds of the streams.
+        presets: a method without the preset runs with its defaults; ``null`` is the preset with the stream's name.
+        grid: lists of values by hyper-parameter, for every method that has it; under a method's name for that method alone.
+        select: ways of selection (see :mod:`tta.benchmark.selection`); without any, each point of the grid has a row of its own.
+        oracle_steps: number of steps per batch that ``episodic-oracle`` selects from.
+        columns: columns of the table: ``"domain"``, ``"stream"`` with the mean error of each, or ``"mean"`` alone; left out,
+            the domains of a single stream, or the streams where there are several.
         metrics: columns behind the errors, by their names in :attr:`tta.Result.metrics`, and ``samples``.
-        order: of the lines of the table: as ``"given"``, or by the mean ``"error"``.
+        order: order of the table's rows: as ``"given"``, or by the mean ``"error"``.
         published: name of a published table to compare with.
-        checkpoint: weights of the source models that name none.
-        source: file or folder of source knowledge.
-        batch_size: samples a batch; left out, the stream's own.
-        reset: as in :func:`tta.evaluate`; left out, the protocol's.
-        precision: as in :func:`tta.evaluate`.
-        clean: measure the error on the source domain too, before and after each run.
-        accelerator: as in :func:`tta.evaluate`.
-        num_workers: processes that read ahead, for each cell.
     """
 
     name: str = ""
@@ -78,18 +75,14 @@ class Benchmark:
     metrics: list[str] = field(default_factory=list)
     order: str = "given"
     published: str | None = None
-    checkpoint: str | None = None
-    source: str | None = None
-    batch_size: int | None = None
-    reset: str | None = None
-    precision: str = "32-true"
-    clean: bool = False
-    accelerator: str = "auto"
-    num_workers: int = 0
+
+
+# Keys of a description in the order in which they are written: its name first. Dataclasses put inherited fields first.
+KEYS = (*(item.name for item in dataclasses.fields(Benchmark) if item.name not in SHARED), *SHARED)
 
 
 def available() -> dict[str, str]:
-    """The benchmarks that come with the toolkit, each with what it is in a line."""
+    """Names of the benchmarks that come with the toolkit, each with its description in one line."""
     return {name: str(config.load(FOLDER, name).get("about", "")) for name in config.names(FOLDER)}
 
 
@@ -97,8 +90,8 @@ def load(what: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | Non
     """A benchmark by name, from a file or a dictionary, with some of its settings replaced; checked by name and type.
 
     Args:
-        what: a name of :func:`available`, a YAML file, or what stands in one.
-        settings: fields of :class:`Benchmark` by name. With a dot they reach further: ``stream.samples`` into all
+        what: a name of :func:`available`, a YAML file, or its content as a dictionary.
+        settings: fields of :class:`Benchmark` by name. Names with a dot reach inside: ``stream.samples`` into all
             streams, ``protocol.delta`` into all protocols, ``tent.lr`` into one method, ``grid.lr`` into the grid.
 
     Raises:
@@ -127,15 +120,15 @@ def _described(what: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             )
         return {"name": str(what), **found}
     if not file.is_file():
-        raise config.ConfigError(f"There is no file '{file}'.")
+        raise config.ConfigError(f"No file '{file}'.")
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise config.ConfigError(f"'{file}' describes no benchmark: expected keys such as methods and streams.")
+        raise config.ConfigError(f"'{file}' does not describe a benchmark: expected keys such as methods and streams.")
     return {"name": file.stem, **found}
 
 
 def _named(value: Any) -> dict[str, Any]:
-    """An axis as names with their settings: ``[a, b]`` and ``{a: , b: {}}`` say the same."""
+    """An axis as names with their settings: ``[a, b]`` and ``{a: , b: {}}`` mean the same."""
     if isinstance(value, Mapping):
         return {str(name): dict(settings or {}) for name, settings in value.items()}
     return {str(name): {} for name in ([value] if isinstance(value, str) else value)}
@@ -143,11 +136,10 @@ def _named(value: Any) -> dict[str, Any]:
 
 def _replace(described: dict[str, Any], key: str, value: Any) -> None:
     owner, dot, name = key.partition(".")
-    known = [item.name for item in dataclasses.fields(Benchmark)]
     if not dot:
-        if key not in known:
+        if key not in KEYS:
             raise config.ConfigError(
-                f"A benchmark has no key '{key}'.{config.nearest(key, known)} There are: {', '.join(known)}."
+                f"A benchmark has no key '{key}'.{config.nearest(key, KEYS)} There are: {', '.join(KEYS)}."
             )
         described[key] = _named(value) if key in AXES else value
     elif owner in ("stream", "protocol"):
@@ -167,41 +159,51 @@ def _replace(described: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _check(benchmark: Benchmark) -> None:
-    """Refuse names that there are not, before anything runs; values are checked with the cells."""
-    from tta import methods, models
-    from tta.adapter import config_class
+    """Refuse unknown names before anything runs; values are checked when the cells are made."""
+    from tta import models
     from tta.datasets import catalog
+    from tta.datasets.protocols import PROTOCOLS
 
     if not (benchmark.methods and benchmark.streams and benchmark.seeds):
         raise config.ConfigError("A benchmark needs methods, streams and seeds; one of them is empty.")
     own = [spec for spec in benchmark.models if ":" not in spec]
     _known("model", own, models.list_models())
     _known("stream", benchmark.streams, catalog.STREAMS)
-    _known("protocol", benchmark.protocols, catalog.PROTOCOLS)
+    _known("protocol", benchmark.protocols, PROTOCOLS)
     _known("way of selection", benchmark.select, WAYS)
     _known("columns", [benchmark.columns] if benchmark.columns else [], COLUMNS)
     _known("order", [benchmark.order], ORDERS)
     for spec, settings in benchmark.models.items():
         _known(f"setting of model '{spec}'", settings, OF_MODEL)
-    own_settings = {key for settings in benchmark.methods.values() for key in _apart(settings)[1]}
+    own_settings = {key for settings in benchmark.methods.values() for key in _split(settings)[1]}
     for stream, protocol in itertools.product(benchmark.streams, benchmark.protocols):
         given = {**benchmark.streams[stream], **benchmark.protocols[protocol]}
         known = catalog.stream_settings(stream, protocol)
         _known(f"setting of stream '{stream}', protocol '{protocol}':", given, known)
         _known(f"setting of stream '{stream}' for one method:", own_settings, [*known, "batch_size"])
-    keys = {
-        name: [item.name for item in dataclasses.fields(config_class(methods.find(name)))] for name in benchmark.methods
-    }  # type: ignore[arg-type]
-    _known("method or hyper-parameter", benchmark.grid, [*keys, *(key for names in keys.values() for key in names)])
+    hparams = [key for name in benchmark.methods for key in _hparams_of(name)]
+    _known("method or hyper-parameter", benchmark.grid, [*benchmark.methods, *hparams])
     for preset in benchmark.presets:
         if preset is not None and not any(preset in config.load("method", name) for name in benchmark.methods):
             raise config.ConfigError(f"None of {', '.join(benchmark.methods)} has a preset '{preset}'.")
 
 
-def _apart(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A method's settings: its hyper-parameters, and what its stream is to be."""
-    hparams = {key: value for key, value in settings.items() if not key.startswith(OF_STREAM)}
-    return hparams, {key.removeprefix(OF_STREAM): settings[key] for key in settings.keys() - hparams.keys()}
+def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a method's settings into its hyper-parameters and the settings of its stream."""
+    hparams = {key: value for key, value in settings.items() if not key.startswith(STREAM_PREFIX)}
+    return hparams, {key.removeprefix(STREAM_PREFIX): settings[key] for key in settings.keys() - hparams.keys()}
+
+
+def _config_of(method: str) -> "type[Config]":
+    from tta import methods
+    from tta.adapter import config_class
+
+    return config_class(methods.find(method))
+
+
+def _hparams_of(method: str) -> list[str]:
+    """Names of the hyper-parameters of a method."""
+    return [item.name for item in dataclasses.fields(_config_of(method))]
 
 
 def _known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -214,13 +216,13 @@ def _known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
 # ---------------------------------------------------------------------- from the description to cells
 
 
-def entries(benchmark: Benchmark) -> list[Entry]:
+def entries(benchmark: Benchmark) -> list[TableRow]:
     """The rows of the benchmark's table, each with its cells.
 
     Raises:
         ConfigError: a hyper-parameter that does not fit its type, or a stream without validation corruptions.
     """
-    rows: list[Entry] = []
+    rows: list[TableRow] = []
     models: Sequence[str | None] = list(benchmark.models) or [None]
     ways: Sequence[str | None] = benchmark.select or [None]
     for stream, model, preset, way in itertools.product(benchmark.streams, models, benchmark.presets, ways):
@@ -230,20 +232,17 @@ def entries(benchmark: Benchmark) -> list[Entry]:
                 points = list(_points(benchmark, method, way))
                 found = [_candidate(benchmark, method, place, point, way, len(points) > 1) for point in points]
                 groups = [found] if way else [[candidate] for candidate in found]
-                rows += [Entry(method=method, place=place, way=way, candidates=tuple(group)) for group in groups]
+                rows += [TableRow(method=method, place=place, way=way, candidates=tuple(group)) for group in groups]
     return rows
 
 
 def _points(benchmark: Benchmark, method: str, way: str | None) -> Iterator[dict[str, Any]]:
-    """The points of a method's grid; a single empty one where it has none."""
-    from tta import methods
-    from tta.adapter import config_class
-
-    keys = [item.name for item in dataclasses.fields(config_class(methods.find(method)))]  # type: ignore[arg-type]
+    """The points of a method's grid; a single empty point if it has no grid."""
+    keys = _hparams_of(method)
     grid: Mapping[str, Any] = benchmark.grid or (WAYS[way].grid if way else {})
     axes = {**{key: values for key, values in grid.items() if key in keys}, **grid.get(method, {})}
     if way == EPISODIC:
-        axes.pop("steps", None)  # it chooses among the steps itself
+        axes.pop("steps", None)  # selected by the run itself, for each batch
     for key, values in axes.items():
         if not isinstance(values, (list, tuple)) or not values:
             raise config.ConfigError(f"grid: expected a list of values for '{key}'; got {values!r}.")
@@ -259,63 +258,61 @@ def _candidate(
     way: str | None,
     has_rivals: bool,
 ) -> Candidate:
-    from tta import methods
-    from tta.adapter import config_class
-    from tta.datasets import catalog
-    from tta.datasets.corruptions import VALIDATION_CORRUPTIONS
-
-    kind = config_class(methods.find(method))
-    hparams, own = _apart(benchmark.methods[method])
+    """One point of a method's grid, with its cells over all seeds."""
+    stream, protocol, model, preset = place["stream"], place["protocol"], place["model"], place["preset"]
+    hparams, own = _split(benchmark.methods[method])
     settings = {**hparams, **point}
-    by_steps = way == EPISODIC and "steps" in {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    by_steps = way == EPISODIC and "steps" in _hparams_of(method)
     if by_steps:
         settings["steps"] = 1
-    told = config.as_dict(config.build(kind, settings))  # "1e-3", as YAML reads it, becomes a number
-    stream, protocol, model = place["stream"], place["protocol"], place["model"]
-    batch_size = own.pop("batch_size", benchmark.batch_size)
+    checked = config.as_dict(config.build(_config_of(method), settings))  # "1e-3", as YAML reads it, becomes a number
+    shared = as_arguments(benchmark, SHARED)
+    shared |= benchmark.models.get(model, {})
+    shared["batch_size"] = own.pop("batch_size", benchmark.batch_size)
     cell = Cell(
         method=method,
-        hparams={key: told[key] for key in settings},
+        hparams={key: checked[key] for key in settings},
         stream=stream,
         stream_settings={**benchmark.streams[stream], **benchmark.protocols.get(protocol, {}), **own},
         protocol=protocol,
         model=model,
-        **{"checkpoint": benchmark.checkpoint, **benchmark.models.get(model, {})},
-        preset=place["preset"] if place["preset"] in config.load("method", method.rpartition(":")[2]) else None,
-        source=benchmark.source,
-        batch_size=batch_size,
-        reset=benchmark.reset,
-        precision=benchmark.precision,
-        clean=benchmark.clean,
+        preset=preset if preset in config.load("method", method.rpartition(":")[2]) else None,
         oracle_steps=benchmark.oracle_steps if by_steps else 0,
         consistency=has_rivals and way != EPISODIC and "consistency" in benchmark.select,
-        accelerator=benchmark.accelerator,
-        num_workers=benchmark.num_workers,
+        **shared,
     )
     tuning = cell
     if has_rivals and way is not None and WAYS[way].tuned_on == "validation":
-        if "corruptions" not in catalog.stream_settings(stream, protocol):
-            raise config.ConfigError(
-                f"Stream '{stream}' has no corruptions to choose: '{way}' cannot tune on the four spare ones."
-            )
-        spare = {**cell.stream_settings, "corruptions": list(VALIDATION_CORRUPTIONS)}
-        tuning = dataclasses.replace(cell, stream_settings=spare, consistency=False)
+        tuning = _validation_cell(cell, way)
     return Candidate(
         settings=point, cells=_over_seeds(cell, benchmark.seeds), tuning=_over_seeds(tuning, benchmark.seeds)
     )
+
+
+def _validation_cell(cell: Cell, way: str) -> Cell:
+    """The cell on the four validation corruptions instead of those of the test."""
+    from tta.datasets import catalog
+    from tta.datasets.corruptions import VALIDATION_CORRUPTIONS
+
+    if "corruptions" not in catalog.stream_settings(cell.stream, cell.protocol):
+        raise config.ConfigError(
+            f"Stream '{cell.stream}' has no corruptions to choose: '{way}' cannot tune on the four spare ones."
+        )
+    spare = {**cell.stream_settings, "corruptions": list(VALIDATION_CORRUPTIONS)}
+    return dataclasses.replace(cell, stream_settings=spare, consistency=False)
 
 
 def _over_seeds(cell: Cell, seeds: Iterable[int]) -> tuple[Cell, ...]:
     return tuple(dataclasses.replace(cell, seed=seed) for seed in seeds)
 
 
-def in_order(rows: Iterable[Entry]) -> list[Cell]:
-    """The cells of the entries, each once; those on one stream follow one another, so that its images are made once."""
+def in_order(rows: Iterable[TableRow]) -> list[Cell]:
+    """The cells of the rows, each once; those on one stream follow one another, so that its images are made once."""
     found = {cell.name: cell for row in rows for cell in row.cells}
     streams: dict[str, list[Cell]] = {}
     for cell in found.values():
-        told = [cell.stream, cell.protocol, cell.seed, cell.batch_size, sorted(cell.stream_settings.items())]
-        streams.setdefault(repr(told), []).append(cell)
+        described = [cell.stream, cell.protocol, cell.seed, cell.batch_size, sorted(cell.stream_settings.items())]
+        streams.setdefault(repr(described), []).append(cell)
     return [cell for group in streams.values() for cell in group]
 
 
@@ -331,18 +328,18 @@ def bench(
     report: Report | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Run a benchmark and sum it up. Stopped at any moment, it goes on where it was: what is finished is not run again.
+    """Run a benchmark and sum it up. After an interruption, the same call runs only the cells that are not finished.
 
     Args:
         what: a name of ``tta list benchmarks``, a YAML file, or a dictionary with the fields of :class:`Benchmark`.
         out: folder of the cells; left out, ``runs/NAME``. Several benchmarks may share one.
-        jobs: processes of this machine. With more than one, a script of yours needs ``if __name__ == "__main__":``.
+        jobs: processes of this machine. With more than one, your script needs ``if __name__ == "__main__":``.
         ray: address of a Ray cluster, ``"auto"``, or ``"local"``; needs the extra ``ray``.
-        report: called with each cell that is done, its outcome, how many are done and how many there are.
+        report: called after each cell with the cell, its outcome, the number of finished cells and the number of all.
         settings: replaced in the description, see :func:`load`: ``{"seeds": [0], "stream.samples": 100}``.
 
     Returns:
-        The table, in which a cell that failed stands with its reason; it is tried again the next time.
+        The table; it shows each failed cell with its reason. Failed cells are run again the next time.
 
     Raises:
         ConfigError: a description with unknown names or values that do not fit, or ``jobs`` together with ``ray``.
@@ -358,19 +355,22 @@ def bench(
 
 def run(
     benchmark: Benchmark,
-    rows: Sequence[Entry],
+    rows: Sequence[TableRow],
     out: str | Path,
     *,
     jobs: int = 1,
     ray: str | None = None,
     report: Report | None = None,
 ) -> Summary:
-    """Run what is left of a benchmark's entries and sum all of them up; arguments are those of :func:`bench`."""
+    """Run the unfinished cells of a benchmark's rows and sum up all rows; arguments are those of :func:`bench`."""
     if jobs < 1 or (ray and jobs > 1):
-        raise config.ConfigError(f"jobs is 1 or more, and on a cluster Ray decides; got jobs={jobs}, ray={ray!r}.")
+        raise config.ConfigError(
+            f"jobs is 1 or more, and 1 on a cluster, where Ray decides; got jobs={jobs}, ray={ray!r}."
+        )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(dataclasses.asdict(benchmark), sort_keys=False)
+    described = dataclasses.asdict(benchmark)
+    text = yaml.safe_dump({key: described[key] for key in KEYS}, sort_keys=False)
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
     todo = in_order(rows)
     found = {cell.name: cells.read(folder / CELLS, cell) for cell in todo}
@@ -391,10 +391,10 @@ def run(
 
 
 def tune(what: str | Path | Mapping[str, Any], *, settings: Mapping[str, Any] | None = None, **options: Any) -> Summary:
-    """Run a grid for each method and select from it in each of the ways of :mod:`tta.benchmark.selection`, labelled or not.
+    """Run a grid for each method and select hyper-parameters from it in the ways of :mod:`tta.benchmark.selection`.
 
     Args:
-        what: as in :func:`bench`; where it names no ways of its own, all of them.
+        what: as in :func:`bench`; if it names no ways of selection, all are used.
         settings: as in :func:`bench`.
         options: ``out``, ``jobs``, ``ray`` and ``report`` as in :func:`bench`.
     """
@@ -403,7 +403,7 @@ def tune(what: str | Path | Mapping[str, Any], *, settings: Mapping[str, Any] | 
 
 
 def table(folder: str | Path) -> Summary:
-    """The table of a benchmark on disk, as far as it got.
+    """The table of a benchmark on disk, finished or not.
 
     Raises:
         ConfigError: the folder holds no benchmark.
@@ -415,7 +415,7 @@ def table(folder: str | Path) -> Summary:
     return _summary(benchmark, rows, outcomes)
 
 
-def _summary(benchmark: Benchmark, rows: Sequence[Entry], outcomes: Mapping[str, Outcome]) -> Summary:
+def _summary(benchmark: Benchmark, rows: Sequence[TableRow], outcomes: Mapping[str, Outcome]) -> Summary:
     return summarise(
         rows,
         outcomes,

@@ -1,40 +1,32 @@
-"""One run: what was asked for becomes a stream, a source model and adapters. Shared by ``tta run``, ``source`` and ``bench``.
+"""One run: a request becomes a stream, a source model and adapters. Shared by ``tta run``, ``source`` and ``bench``.
 
-Nothing heavy is imported before it is used: a usage error or ``--help`` need not wait for torch.
+Heavy imports are inside the functions, so that a usage error or ``--help`` need not wait for torch.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tta import config
+from tta.benchmark.settings import OF_ENGINE, OF_MODEL, RunSettings, as_arguments
+from tta.report.tables import BASELINE
 
-BASELINE = "source"
-CALIBRATIONS = "runs/calibrations"  # where protocol ccc keeps what it measured
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
 
+    from tta.adapter import Adapter
+    from tta.datasets.domains import Classes
+    from tta.datasets.stream import Stream
+    from tta.models import ImageClassifier
+    from tta.results import Result
+    from tta.source import Need, SourceStatistics
 
-@dataclasses.dataclass
-class RunConfig:
-    """Settings of a run that belong to no single method or stream."""
+    Images = Tensor | Dataset[Any]
 
-    model: str | None = None
-    checkpoint: str | None = None
-    num_classes: int | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    source: str | None = None
-    preset: str | None = None
-    protocol: str = "continual"
-    reset: str | None = None
-    seed: int = 0
-    batch_size: int | None = None
-    precision: str = "32-true"
-    accelerator: str = "auto"
-    num_workers: int = 0
-    clean: bool = False
+CALIBRATIONS = "runs/calibrations"  # where protocol ccc keeps its measurements
 
 
 @dataclasses.dataclass
@@ -43,13 +35,13 @@ class Request:
 
     stream: str
     methods: list[str]
-    run: RunConfig
+    run: RunSettings
     stream_settings: dict[str, Any]
     hparams: dict[str, dict[str, Any]]
 
 
-def make_stream(request: Request) -> Any:
-    """The stream asked for, over the defaults of ``configs/stream``."""
+def make_stream(request: Request) -> "Stream":
+    """The stream asked for; what the request leaves open comes from ``configs/stream``."""
     import tta
     from tta.engine import reset_period
 
@@ -70,29 +62,29 @@ def make_stream(request: Request) -> Any:
 
 
 def _calibration(request: Request) -> dict[str, Any]:
-    """What protocol ``ccc`` needs where it is given no matrix: a source model, which comes before the stream then."""
+    """Settings of protocol ``ccc`` without a matrix: a source model, which is then loaded before the stream."""
     from rich.console import Console
     from rich.progress import track
 
     spec, console = model_specs(request)[0], Console(stderr=True)
-    model = load_model(spec, request, None)
+    model = source_model(spec, request, None)
     to_device(model, request.run)
     console.print(
         f"No accuracy matrix given: calibrating on {spec}; the protocol is called ccc-style.", highlight=False
     )
 
-    def progress(cells: Any) -> Any:
-        return track(cells, "calibrating", console=console, transient=True, disable=not console.is_terminal)
+    def progress(pairs: Sequence[Any]) -> Iterable[Any]:
+        return track(pairs, "calibrating", console=console, transient=True, disable=not console.is_terminal)
 
     return {"model": model, "progress": progress}
 
 
-def make_adapters(models: dict[str, Any], request: Request) -> list[tuple[str, Any]]:
-    """An adapter a method, on the first of the stream's models that it supports; ``source`` on each model in use."""
-    made: dict[str, list[tuple[str, Any]]] = {spec: [] for spec in models}
+def make_adapters(models: Mapping[str, "ImageClassifier"], request: Request) -> list[tuple[str, "Adapter"]]:
+    """One adapter per method, on the first of the models that it supports; ``source`` on each model in use."""
+    made: dict[str, list[tuple[str, Adapter]]] = {spec: [] for spec in models}
     for method in request.methods:
         if method != BASELINE:
-            spec, adapter = _on_first_supported(models, method, request)
+            spec, adapter = _adapter_on_supported_model(models, method, request)
             made[spec].append((method, adapter))
     if BASELINE in request.methods:
         for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
@@ -100,26 +92,28 @@ def make_adapters(models: dict[str, Any], request: Request) -> list[tuple[str, A
     return [pair for pairs in made.values() for pair in pairs]
 
 
-def load_models(request: Request, stream: Any) -> dict[str, Any]:
-    """The source models asked for, or those of the stream, by their specs."""
-    return {spec: load_model(spec, request, stream.classes) for spec in model_specs(request)}
+def source_models(request: Request, stream: "Stream") -> dict[str, "ImageClassifier"]:
+    """The source model asked for, or those of the stream, by spec."""
+    return {spec: source_model(spec, request, stream.classes) for spec in model_specs(request)}
 
 
-def load_model(spec: str, request: Request, classes: Any) -> Any:
-    """The model of a spec; it gives the logits of the stream's classes alone where they are some of a larger model's."""
+def source_model(spec: str, request: Request, classes: "Classes | None") -> "ImageClassifier":
+    """Load the model of a spec; where the stream has some of its classes, it gives the logits of those alone."""
     import tta
 
-    run = request.run
-    model = tta.load_model(spec, checkpoint=run.checkpoint, num_classes=run.num_classes, mean=run.mean, std=run.std)
+    model = tta.load_model(spec, **as_arguments(request.run, OF_MODEL))
     return model if classes is None or classes.logits is None else model.select_logits(classes.logits, classes.of)
 
 
-def _on_first_supported(models: dict[str, Any], method: str, request: Request) -> tuple[str, Any]:
+def _adapter_on_supported_model(
+    models: Mapping[str, "ImageClassifier"], method: str, request: Request
+) -> tuple[str, "Adapter"]:
+    """The spec of the first model that the method supports and the adapter on it; raises the first model's refusal."""
     refusals = []
     for spec, model in models.items():
         try:
             return spec, make_adapter(model, method, request)
-        except config.ConfigError:
+        except config.ConfigError:  # a wrong setting is wrong on every model
             raise
         except ValueError as refusal:
             refusals.append(refusal)
@@ -127,7 +121,7 @@ def _on_first_supported(models: dict[str, Any], method: str, request: Request) -
 
 
 def model_specs(request: Request) -> list[str]:
-    """The model asked for, else those of the stream, the first of which a method supports is its own."""
+    """The model asked for, else those of the stream in order of preference."""
     if request.run.model:
         return [request.run.model]
     models = config.load("stream", request.stream).get("models")
@@ -143,33 +137,33 @@ def model_specs(request: Request) -> list[str]:
 
 
 def _preset(method: str, request: Request) -> str | None:
-    """The preset asked for, else the stream's, or the one of its name, where the method has it."""
+    """The preset asked for; else the stream's preset or the one with its name, where the method has it."""
     if request.run.preset:
         return request.run.preset
-    name = config.load("stream", request.stream).get("preset", request.stream)
+    name: str = config.load("stream", request.stream).get("preset", request.stream)
     return name if name in config.load("method", method.rpartition(":")[2]) else None
 
 
-def make_adapter(model: Any, method: str, request: Request) -> Any:
-    """The adapter of one method around a model, with the preset and the source knowledge that belong to it."""
+def make_adapter(model: "ImageClassifier", method: str, request: Request) -> "Adapter":
+    """The adapter of one method around a model, with its preset and its source knowledge."""
     import tta
 
-    needs = source_needs(model, method, request)
-    source = source_images(model, request) if needs else None
-    if needs and not isinstance(source, (str, Path)):
-        source = record(model, needs, source, request.run)
+    source: SourceStatistics | str | None = None
+    if needs := source_needs(model, method, request):
+        given = source_images(model, request)
+        source = given if isinstance(given, str) else record(model, needs, given, request.run)
     return tta.adapt(model, method, source=source, preset=_preset(method, request), **request.hparams[method])
 
 
-def source_needs(model: Any, method: str, request: Request) -> list[Any]:
-    """What the method must know of the source domain of this model."""
+def source_needs(model: "nn.Module", method: str, request: Request) -> list["Need"]:
+    """Needs of the method with respect to the source domain of this model."""
     from tta import methods
 
     return methods.source_needs(model, method, preset=_preset(method, request), **request.hparams[method])
 
 
-def source_images(model: Any, request: Request) -> Any:
-    """What ``source=`` names, a file or a folder, else the stream's own source images."""
+def source_images(model: "ImageClassifier", request: Request) -> "Images | str":
+    """The images of the folder that ``source=`` names, or its file as it stands; else the stream's own source images."""
     from tta.datasets import catalog
 
     given = request.run.source
@@ -179,8 +173,10 @@ def source_images(model: Any, request: Request) -> Any:
     return catalog.source_images(given or request.stream, model.preprocessing, on_error=on_error)
 
 
-def record(model: Any, needs: list[Any], images: Any, run: RunConfig, **options: Any) -> Any:
-    """Source statistics, recorded on the device of the run; ``options`` as in :meth:`tta.SourceStatistics.record`."""
+def record(
+    model: "nn.Module", needs: Sequence["Need"], images: "Images", run: RunSettings, **options: Any
+) -> "SourceStatistics":
+    """Record source statistics on the device of the run; ``options`` as in :meth:`tta.SourceStatistics.record`."""
     import tta
 
     to_device(model, run)
@@ -190,45 +186,24 @@ def record(model: Any, needs: list[Any], images: Any, run: RunConfig, **options:
         model.cpu()
 
 
-def to_device(model: Any, run: RunConfig) -> None:
-    """Move a model to the GPU that the run will use, where there is one."""
+def to_device(model: "nn.Module", run: RunSettings) -> None:
+    """Move a model to the GPU that the run will use; without one it stays."""
     import torch
 
     if run.accelerator != "cpu" and torch.cuda.is_available():
         model.cuda()
 
 
-def in_words(error: Exception) -> str:
-    """What an error says; of one in a worker process, where its traceback comes along, the last line alone."""
+def run_adapter(adapter: "Adapter", stream: "Stream", run: RunSettings, **options: Any) -> "Result":
+    """Run an adapter on a stream with the settings of the run; ``options`` as in :func:`tta.evaluate`."""
+    import tta
+
+    return tta.evaluate(adapter, stream, **as_arguments(run, OF_ENGINE), **options)
+
+
+def error_message(error: Exception) -> str:
+    """The message of an error; without the traceback that it carries when it comes from a worker process."""
     said = str(error).strip() or type(error).__name__
     if re.match(r"Caught \w+ in DataLoader worker process", said):
         return said.splitlines()[-1].partition(": ")[2]
     return said
-
-
-def evaluate(adapter: Any, stream: Any, run: RunConfig, **options: Any) -> Any:
-    """The result of an adapter on a stream under the settings of the run; ``options`` as in :func:`tta.evaluate`."""
-    import tta
-
-    return tta.evaluate(
-        adapter,
-        stream,
-        reset=run.reset,
-        precision=run.precision,
-        accelerator=run.accelerator,
-        num_workers=run.num_workers,
-        **options,
-    )
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of a batch for the next one (up to 1 GB) instead of handing it back to the system.
-
-    Handed back, it is taken again page by page: 4 000 page faults a batch of 200 through the embedded CNN, which then
-    takes 1.7 times as long. Elsewhere than on glibc nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)  # the largest that glibc takes

@@ -1,7 +1,7 @@
-"""How hyper-parameters are selected from a grid, and which of those ways look at labels.
+"""Ways to select hyper-parameters from a grid, and the labels that each of them uses.
 
-Test-time adaptation has no labels, yet most published tables were tuned on those of the test images. The ways below say what
-each needs, and every table repeats it.
+Test-time adaptation has no labels, yet most published tables were tuned on the labels of the test images. Each way below
+says which labels it uses, and every table repeats it.
 """
 
 import math
@@ -19,10 +19,10 @@ class Way:
     """A way of selection.
 
     Attributes:
-        line: what it is.
-        labels: whose labels it looks at: ``"test"`` (an oracle), ``"validation"`` or ``"none"``.
-        grid: what is searched where nothing else is said.
-        score: of one run, lower is better.
+        line: its description in one line.
+        labels: the labels it uses: ``"test"`` (an oracle), ``"validation"`` or ``"none"``.
+        score: maps the result of a run to a number; the lowest is selected.
+        grid: the default grid.
         tuned_on: ``"test"``, or ``"validation"`` where the runs to select from are on the four validation corruptions.
     """
 
@@ -34,7 +34,7 @@ class Way:
 
     @property
     def is_oracle(self) -> bool:
-        """Whether labels of the test images were looked at."""
+        """Whether it uses the labels of the test images."""
         return self.labels == "test"
 
 
@@ -44,10 +44,10 @@ def test_error(result: Result) -> float:
 
 
 def mean_entropy(result: Result) -> float:
-    """Mean entropy of the predictions scored, in nats.
+    """Mean entropy of the scored predictions, in nats.
 
     Raises:
-        ValueError: the result's predictions are not at hand.
+        ValueError: the result lacks its predictions.
     """
     if result.predictions is None or result.predictions.entropy is None:
         raise ValueError(f"{result!r} has no entropies: it lacks its predictions.npz, or an earlier version wrote it.")
@@ -55,17 +55,17 @@ def mean_entropy(result: Result) -> float:
 
 
 def inconsistency(result: Result) -> float:
-    """Share of images, in percent, that are predicted otherwise when seen shifted (:class:`tta.engine.Consistency`).
+    """Percentage of images whose prediction changes when the image is shifted (:class:`tta.engine.Consistency`).
 
     Raises:
         ValueError: the run did not measure it.
     """
     if "consistency" not in result.metrics:
-        raise ValueError(f"{result!r} was run without measuring how consistent its predictions are.")
+        raise ValueError(f"{result!r} was run without measuring the consistency of its predictions.")
     return 100.0 - float(result.metrics["consistency"])
 
 
-# The grids and the first two ways are those of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023 (TTAB).
+# The grids and the first two ways are from Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023 (TTAB).
 EPISODIC: dict[str, list[Any]] = {"lr": [1e-3, 5e-4, 1e-4]}
 ONLINE: dict[str, list[Any]] = {"lr": [5e-3, 1e-3, 5e-4], "steps": [1, 2, 3]}
 
@@ -89,7 +89,7 @@ WAYS = {
         grid=ONLINE,
         tuned_on="validation",
     ),
-    # Both surrogates as compared by Cygert et al., "Realistic Evaluation of Test-Time Adaptation Algorithms: Unsupervised
+    # Both are among the surrogates that were compared by Cygert et al., "Realistic Evaluation of Test-Time Adaptation Algorithms: Unsupervised
     # Hyperparameter Selection", 2024 (arXiv:2407.14231).
     "entropy": Way(
         line="no labels: the lowest mean entropy of the predictions chooses from the grid",
@@ -112,8 +112,8 @@ class Candidate:
 
     Attributes:
         settings: its hyper-parameters.
-        cells: on the test stream, one a seed.
-        tuning: what it is judged by, one a seed; the same cells unless the way tunes elsewhere.
+        cells: runs on the test stream, one per seed.
+        tuning: runs that it is judged by, one per seed; the same cells unless the way tunes on other images.
     """
 
     settings: Mapping[str, Any]
@@ -122,13 +122,13 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A row of a benchmark's table: one method under one protocol over all seeds, and the grid that it was selected from.
+class TableRow:
+    """A row of a benchmark's table: one method under one protocol over all seeds, and the grid that it is selected from.
 
     Attributes:
         method: its name.
-        place: stream, model, protocol and preset, as far as they are said.
-        way: name of the way of selection; None where each candidate is an entry of its own.
+        place: stream, model, protocol and preset; None for those that the description leaves open.
+        way: name of the way of selection; None where each candidate has a row of its own.
         candidates: one or more.
     """
 
@@ -139,18 +139,19 @@ class Entry:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells that it needs."""
+        """All cells that the row needs."""
         return [cell for candidate in self.candidates for cell in (*candidate.cells, *candidate.tuning)]
 
 
-def select(entry: Entry, outcomes: Mapping[str, Outcome]) -> Candidate:
-    """The candidate with the lowest score in the mean over seeds; the first of equals, and the first where all failed.
+def select(row: TableRow, outcomes: Mapping[str, Outcome]) -> Candidate:
+    """The candidate with the lowest score, averaged over seeds; of equal ones the first.
 
-    A candidate with a run that failed or is not there is out, as is one whose score is not finite.
+    A candidate with a missing or failed run, or with a score that is not finite, is not selected; if that is true of
+    all, the first is.
     """
-    if len(entry.candidates) == 1 or entry.way is None:
-        return entry.candidates[0]
-    score = WAYS[entry.way].score
+    if len(row.candidates) == 1 or row.way is None:
+        return row.candidates[0]
+    score = WAYS[row.way].score
 
     def mean_score(candidate: Candidate) -> float:
         results = [outcomes.get(cell.name) for cell in candidate.tuning]
@@ -158,4 +159,4 @@ def select(entry: Entry, outcomes: Mapping[str, Outcome]) -> Candidate:
         mean = statistics.fmean(scores)
         return mean if math.isfinite(mean) else math.inf
 
-    return min(entry.candidates, key=mean_score)
+    return min(row.candidates, key=mean_score)

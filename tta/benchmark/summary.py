@@ -1,8 +1,7 @@
-"""The table of a benchmark: mean and standard deviation over seeds, grouped by protocol and by how things were selected."""
+"""The table of a benchmark: mean and standard deviation over seeds, grouped by protocol and by way of selection."""
 
 import dataclasses
 import html
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,16 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tta.benchmark.cells import Cell, Failure, Outcome
-from tta.benchmark.runs import BASELINE
-from tta.benchmark.selection import WAYS, Candidate, Entry, select
+from tta.benchmark.selection import WAYS, Candidate, TableRow, select
 from tta.report import tables
+from tta.report.tables import BASELINE, MEAN, ResultTable
 from tta.results import Result
 from tta.results import published as published_tables
 
 if TYPE_CHECKING:
     import pandas
 
-MEAN = "mean"
 ORACLE = "oracle"
 Style = Callable[[str], str]
 
@@ -39,7 +37,7 @@ class Score:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Score | None":
-        """Of one value a seed; None without any."""
+        """The score of one value per seed; None without any."""
         known = [value for value in values if not math.isnan(value)]
         if not known:
             return None
@@ -47,23 +45,23 @@ class Score:
         return cls(statistics.fmean(known), std, len(known))
 
     def shown(self, write: Callable[[float], str] = tables.number, sign: str = " ± ") -> str:
-        """``12.3 ± 0.4``."""
+        """The score as text: ``12.3 ± 0.4``."""
         return write(self.mean) + ("" if math.isnan(self.std) else f"{sign}{tables.number(self.std)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A method in a section of the table.
+    """One line in a section of the table: a method, or one point of its grid.
 
     Attributes:
         method: its name.
         settings: hyper-parameters from the grid: those of this line, or those that were selected.
-        is_oracle: whether test labels selected anything of it.
-        values: column -> seed -> error in percent; the mean over columns is one of them.
-        difference: of the mean to the baseline's, over the seeds that both have; percentage points.
-        published: mean error that was published, in percent.
+        is_oracle: whether test labels selected its hyper-parameters or steps.
+        values: column -> seed -> error in percent; the mean over columns is a column too.
+        difference: mean minus the baseline's mean, over the seeds that both have; percentage points.
+        published: published mean error, in percent.
         measured: further metrics by name, over seeds.
-        problems: cells without a result: which, and why.
+        problems: (cell, reason) for each cell without a result.
     """
 
     method: str
@@ -81,12 +79,12 @@ class Line:
 
     @property
     def words(self) -> str:
-        """The settings as they are written on the command line."""
+        """The settings in the command line's form: ``lr=0.001 steps=2``."""
         return " ".join(f"{key}={_plain(value)}" for key, value in self.settings.items())
 
     @property
     def versus_published(self) -> str:
-        """``18.6 (+0.3)``: the published mean, and the difference to it."""
+        """The published mean and the difference to it: ``18.6 (+0.3)``."""
         if self.published is None:
             return "-"
         off = self.off_published
@@ -94,21 +92,21 @@ class Line:
 
     @property
     def off_published(self) -> float | None:
-        """The difference of the mean to the published one, in percentage points; None where either is missing."""
+        """The mean minus the published mean, in percentage points; None if either is missing."""
         own = self.score(MEAN)
         return own.mean - self.published if own and self.published is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Lines that may be compared: one protocol, one way of selection, one model, and one stream unless streams are columns.
+    """Comparable lines: one protocol, one way of selection, one model, and one stream unless streams are the columns.
 
     Attributes:
-        place: what all of them share.
+        place: stream, protocol, model and preset, as far as all lines share them.
         way: name of the way of selection; None where nothing was selected.
-        columns: domains or streams, the mean left out.
-        lines: one a method, or a point of its grid.
-        metrics: names of what is shown behind the errors.
+        columns: domains or streams, without the mean.
+        lines: one per method, or per point of its grid.
+        metrics: names of the metrics shown behind the errors.
     """
 
     place: Mapping[str, str]
@@ -119,7 +117,7 @@ class Section:
 
     @property
     def title(self) -> str:
-        """What all lines share, in words."""
+        """The place and the way of selection, in words."""
         words = [value if name in ("stream", "protocol") else f"{name} {value}" for name, value in self.place.items()]
         if self.way:
             mark = f"{ORACLE}: " if WAYS[self.way].is_oracle else ""
@@ -127,7 +125,10 @@ class Section:
         return " · ".join(words)
 
     def ranks(self, column: str) -> tuple[str | None, str | None]:
-        """The lowest mean of a column as it is shown, and the next; None where there is none, or several share the first."""
+        """The lowest and second lowest mean of a column, as shown; None where there is none.
+
+        Without a second line nothing is ranked; when the two lowest are shown equal, there is no second.
+        """
         scores = sorted(score.mean for line in self.lines if (score := line.score(column)))
         if len(scores) < 2:
             return None, None
@@ -136,12 +137,12 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(ResultTable):
     """A benchmark's table. Print it, or write it in one of the formats of :meth:`format`.
 
     Attributes:
-        sections: grouped by stream, model, protocol, preset and way of selection.
-        notes: what a reader has to know.
+        sections: lines grouped by stream, model, protocol, preset and way of selection.
+        notes: remarks shown below the table.
     """
 
     sections: tuple[Section, ...]
@@ -154,7 +155,7 @@ class Summary:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What failed or is missing, a sentence for each reason."""
+        """Failed and missing cells, one sentence per reason."""
         cells: dict[str, dict[str, None]] = {}
         for line in self.lines:
             for cell, reason in line.problems:
@@ -162,7 +163,7 @@ class Summary:
         return tuple(f"{reason}: {'; '.join(names)}." for reason, names in cells.items())
 
     def to_frame(self) -> "pandas.DataFrame":
-        """A pandas table with unrounded numbers, a row a line: mean and standard deviation of each column."""
+        """A pandas table with unrounded numbers, one row per line: mean and standard deviation of each column."""
         import pandas
 
         records = []
@@ -186,12 +187,8 @@ class Summary:
                 records.append(record)
         return pandas.DataFrame(records)
 
-    def to_csv(self) -> str:
-        """The table of :meth:`to_frame` as CSV: unrounded, an empty cell where there is no value."""
-        return self.to_frame().to_csv(index=False, lineterminator="\n")
-
     def to_markdown(self) -> str:
-        """A Markdown table a section, rows are methods; the lowest error of a column is bold, the second underlined."""
+        """One Markdown table per section, rows are methods; a column's lowest error is bold, the second underlined."""
         blocks = []
         for section in self.sections:
             head = self._header(section)
@@ -202,7 +199,7 @@ class Summary:
         return "\n\n".join([*blocks, *self._remarks()]) + "\n"
 
     def to_latex(self) -> str:
-        """A LaTeX table for the package booktabs a section; the lowest error of a column is bold, the second underlined."""
+        """One LaTeX table (booktabs) per section; a column's lowest error is bold, the second underlined."""
         blocks = []
         for section in self.sections:
             head = self._header(section)
@@ -215,35 +212,15 @@ class Summary:
         return "\n\n".join(["\n".join(f"% {remark}" for remark in self._remarks()), *blocks]) + "\n"
 
     def to_html(self) -> str:
-        """A table a section, then what a reader has to know and what failed; ``tta.report.page`` makes a page of it."""
+        """One HTML table per section, then notes and problems; :mod:`tta.report.page` makes a page of it."""
         parts = []
         for section in self.sections:
             head = "".join(f"<th>{html.escape(name)}</th>" for name in self._header(section))
-            rows = self._rows(section, "<b>{}</b>".format, "<u>{}</u>".format, html.escape, "&nbsp;±&nbsp;")
+            rows = self._rows(section, "<b>{}</b>".format, "<u>{}</u>".format, html.escape, " ±&nbsp;")
             body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
             title = html.escape(section.title)
             parts.append(f'<h3>{title}</h3>\n<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>')
         return "\n".join([*parts, *(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())]) + "\n"
-
-    def to_text(self, width: int = 100) -> str:
-        """The table as the terminal shows it, without colours."""
-        console = Console(file=io.StringIO(), width=width, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
-
-    def format(self, kind: str) -> str:
-        """The table as text: ``terminal``, ``markdown``, ``latex``, ``csv`` or ``html``.
-
-        Raises:
-            ValueError: another kind.
-        """
-        if kind not in FORMATS:
-            raise ValueError(f"No table format '{kind}'. There are: {', '.join(FORMATS)}.")
-        return FORMATS[kind](self)
-
-    def __str__(self) -> str:
-        return self.to_text()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for section in self.sections:
@@ -255,7 +232,7 @@ class Summary:
             yield Text(remark, style="dim")
 
     def _methods_down(self, section: Section) -> Table:
-        """A line a method: for a section without domains."""
+        """One line per method, for a section with the mean as its only column."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
         for number, name in enumerate(self._header(section)):
             table.add_column(name.replace("_", " "), justify="right" if number else "left", no_wrap=number == 0)
@@ -264,7 +241,7 @@ class Summary:
         return table
 
     def _methods_across(self, section: Section, width: int) -> Iterator[Table]:
-        """Domains down; methods that do not fit side by side go below."""
+        """One column per method, domains down; methods that do not fit side by side go into further tables."""
         head, *rows = zip(self._header(section, short=False), *self._marked(section), strict=True)
         first = max(len(str(row[0])) for row in rows)
         words = max(len(word) for cells in [head, *rows] for cell in cells[1:] for word in _bare(cell).split())
@@ -320,17 +297,8 @@ class Summary:
         return [*self.notes, *self.problems]
 
 
-FORMATS: dict[str, Callable[[Summary], str]] = {
-    "terminal": Summary.to_text,
-    "markdown": Summary.to_markdown,
-    "latex": Summary.to_latex,
-    "csv": Summary.to_csv,
-    "html": Summary.to_html,
-}
-
-
 def summarise(
-    rows: Sequence[Entry],
+    rows: Sequence[TableRow],
     outcomes: Mapping[str, Outcome],
     *,
     columns: str | None = None,
@@ -338,13 +306,13 @@ def summarise(
     by_error: bool = False,
     published: str | None = None,
 ) -> Summary:
-    """The table of a benchmark's entries.
+    """The table of a benchmark's rows.
 
     Args:
         rows: see :func:`tta.benchmark.entries`.
-        outcomes: by the names of the cells; a cell that is not there has not been run.
-        columns: ``"domain"``, ``"stream"`` with the mean error of each, or ``"mean"``; left out, streams where there are
-            several.
+        outcomes: by the names of the cells; a missing one has not been run.
+        columns: ``"domain"``, ``"stream"`` with the mean error of each, or ``"mean"``; left out, streams if there are
+            several, else domains.
         metrics: shown behind the errors: names in :attr:`tta.Result.metrics`, or ``"samples"``.
         by_error: sort the lines of a section by their mean error, those without one last.
         published: name of a published table to compare the means with.
@@ -354,13 +322,13 @@ def summarise(
     """
     by_stream = columns == "stream" or (columns is None and len({row.place["stream"] for row in rows}) > 1)
     known = published_tables.find(published) if published else None
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    groups: dict[tuple[Any, ...], list[TableRow]] = {}
     for row in rows:
         shared = [(k, v) for k, v in row.place.items() if v is not None and not (by_stream and k == "stream")]
         groups.setdefault((row.way, *shared), []).append(row)
     sections = []
     for (way, *place), members in groups.items():
-        lines: dict[str, list[tuple[Entry, Candidate]]] = {}
+        lines: dict[str, list[tuple[TableRow, Candidate]]] = {}
         for row in members:
             chosen = select(row, outcomes)
             # A method has one line over several streams, though each stream may select other settings.
@@ -382,7 +350,7 @@ def summarise(
 
 
 def _line(
-    parts: Sequence[tuple[Entry, Candidate]],
+    parts: Sequence[tuple[TableRow, Candidate]],
     outcomes: Mapping[str, Outcome],
     by_stream: bool,
     metrics: Sequence[str],
@@ -428,28 +396,27 @@ def _line(
     )
 
 
-def _is_selected(row: Entry) -> bool:
+def _is_selected(row: TableRow) -> bool:
     return len(row.candidates) > 1 or any(cell.oracle_steps for cell in row.cells)
 
 
-def _problem(row: Entry, cell: Cell, outcome: Outcome | None) -> tuple[str, str]:
+def _problem(row: TableRow, cell: Cell, outcome: Outcome | None) -> tuple[str, str]:
     words = " ".join([row.method, *(f"{key}={_plain(value)}" for key, value in cell.hparams.items())])
     reason = f"Failed ({outcome.reason.rstrip('.')})" if isinstance(outcome, Failure) else "Not run yet"
     return f"{words} on {cell.stream}, {cell.protocol}, seed {cell.seed}", reason
 
 
 def _compared(section: Section, known: "published_tables.Published | None") -> Section:
-    """The section with the differences to the baseline and to what was published."""
+    """The section with each line's difference to the baseline and its published error."""
     base = next((line.values.get(MEAN, {}) for line in section.lines if line.method == BASELINE), {})
     fits = known is not None and known.fits(section.place)
     lines = []
     for line in section.lines:
         own = line.values.get(MEAN, {})
         both = [own[seed] - base[seed] for seed in own if seed in base]
-        told = {name: getattr(line, name) for name in Line.__dataclass_fields__}
-        told["difference"] = Score.of(both) if line.method != BASELINE else None
-        told["published"] = known.mean(line.method) if known is not None and fits else None
-        lines.append(Line(**told))
+        difference = Score.of(both) if line.method != BASELINE else None
+        published = known.mean(line.method) if known is not None and fits else None
+        lines.append(dataclasses.replace(line, difference=difference, published=published))
     return dataclasses.replace(section, lines=tuple(lines))
 
 

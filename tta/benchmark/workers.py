@@ -1,7 +1,7 @@
-"""Where cells run: in this process, in processes of this machine, or on a Ray cluster. One failed cell stops no other.
+"""Workers: cells run in this process, in processes of this machine, or on a Ray cluster. One failed cell stops no other.
 
-Each of the three takes a task and cells, and gives pairs (cell, outcome) as they come. Workers send their outcomes back:
-the one who asked writes them, so a cluster needs no file system in common.
+Each of the three functions takes a task and cells, and yields pairs (cell, outcome) as they finish. Workers return their
+outcomes and the caller writes them, so that a cluster needs no shared file system.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from tta.benchmark.cells import Cell, Failure, Outcome
 
 Task = Callable[[Cell], Outcome]
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-DIED = "The process died before it was done; it may have been killed for memory."
+DIED = "The process died before it was done; it may have run out of memory."
 
 
 def here(task: Task, cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
@@ -29,9 +29,9 @@ def here(task: Task, cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
 
 
 def in_processes(task: Task, cells: Iterable[Cell], jobs: int) -> Iterator[tuple[Cell, Outcome]]:
-    """Cells in so many fresh processes, which share the cores, and take turns at the GPUs.
+    """Cells in ``jobs`` fresh processes, which share the cores; GPUs are assigned to them in turn.
 
-    When a process dies, the cells that were running are run once more, each alone; one whose process dies again has
+    When a process dies, the cells that were running are run once more, each alone. One whose process dies again has
     failed, and the others go on.
     """
     waiting = deque(cells)
@@ -58,12 +58,12 @@ def in_processes(task: Task, cells: Iterable[Cell], jobs: int) -> Iterator[tuple
 
 
 def over_ray(task: Task, cells: Iterable[Cell], address: str) -> Iterator[tuple[Cell, Outcome]]:
-    """Cells over the machines and GPUs of a Ray cluster, one GPU a cell where there are any.
+    """Cells on the machines and GPUs of a Ray cluster; one GPU per cell where there are any.
 
     Args:
         task: runs a cell.
-        cells: which.
-        address: of the cluster (``auto`` finds the one of this machine), or ``local`` for one made for the occasion.
+        cells: the cells to run.
+        address: address of the cluster (``auto`` finds one on this machine), or ``local`` to start one for this call.
 
     Raises:
         ImportError: Ray is not installed.
@@ -76,8 +76,8 @@ def over_ray(task: Task, cells: Iterable[Cell], address: str) -> Iterator[tuple[
     ray.init(log_to_driver=False, **where)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus)(task)
-        running = {remote.remote(cell): cell for cell in cells}
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_in_worker)
+        running = {remote.remote(task, cell): cell for cell in cells}
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             cell = running.pop(done)
@@ -90,17 +90,22 @@ def over_ray(task: Task, cells: Iterable[Cell], address: str) -> Iterator[tuple[
         ray.shutdown()
 
 
+def _in_worker(task: Task, cell: Cell) -> Outcome:
+    keep_freed_memory()  # Ray starts its processes itself: there is no initialiser as in _pool
+    return task(cell)
+
+
 def _outcome(future: "Future[Outcome]") -> Outcome:
     try:
         return future.result()
     except BrokenProcessPool:
         raise
-    except Exception as error:  # the task itself raises nothing; its outcome may not be fit to be sent
+    except Exception as error:  # a task raises nothing, but its outcome may not be picklable
         return Failure(f"{type(error).__name__}: {error}")
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")  # a fork would share a torch without its threads
+    context = multiprocessing.get_context("spawn")  # a forked child would have torch without its threads
     gpus = _gpus()
     turns = context.SimpleQueue()
     for number in range(jobs):
@@ -109,7 +114,7 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def _threads() -> int:
-    """Threads that may be used in all: what the environment says, else the cores of this process."""
+    """Number of threads for all processes together: ``OMP_NUM_THREADS``, else the cores of this process."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit():
         return int(given)
@@ -117,7 +122,7 @@ def _threads() -> int:
 
 
 def _gpus() -> list[str]:
-    """The GPUs of this machine that may be used, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """The usable GPUs of this machine, as ``CUDA_VISIBLE_DEVICES`` names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()]
@@ -127,7 +132,7 @@ def _gpus() -> list[str]:
 
 
 def _start(threads: int, turns: Any) -> None:
-    """Prepare a worker process; torch, imported later, reads what is set here."""
+    """Prepare a worker process before torch, which reads these variables, is imported."""
     for name in THREADS:
         os.environ[name] = str(threads)
     gpu = turns.get()
@@ -138,7 +143,7 @@ def _start(threads: int, turns: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End this worker when its parent is gone; without this, a worker of a killed parent would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -1,24 +1,25 @@
-"""The words of the command line: streams, methods and settings, sorted and checked by name and type."""
+"""Parse command-line arguments: streams, methods and settings, checked by name and type."""
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tta import config
-from tta.benchmark import runs
+from tta.benchmark import RunSettings, runs
 
 STREAM = "digits-c"
+RUN, OF_STREAM = "settings of the run", "settings of the stream"  # owners of keys beside the methods
 METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
 
 
 class UsageError(ValueError):
-    """The user asked for something that does not exist."""
+    """The command line asks for something that does not exist."""
 
 
 @contextlib.contextmanager
-def usage() -> Iterator[None]:
-    """While a run is being set up, what does not fit is the user's mistake and not a failed run."""
+def usage_errors() -> Iterator[None]:
+    """Turn errors into usage errors: while a run is being set up, they are the user's mistake and not a failed run."""
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
@@ -29,13 +30,29 @@ def parse_request(words: Sequence[str]) -> runs.Request:
     """Sort the words of ``tta run`` into stream, methods and settings, each checked by name and type.
 
     Raises:
-        UsageError: a word that is neither a stream nor a method, or a key that nothing has; the nearest is offered.
+        UsageError: a word that is neither a stream nor a method, or an unknown key; the nearest name is offered.
     """
+    stream, methods = _stream_and_methods([word for word in words if "=" not in word])
+    settings = [(key, text) for key, equals, text in (word.partition("=") for word in words) if equals]
+    protocols = [text for key, text in settings if key in ("protocol", "stream.protocol")]
+    keys = _Keys.of(stream, methods, *protocols[-1:])
+    run: dict[str, Any] = {}
+    of_stream: dict[str, Any] = {}
+    hparams: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    owners = {RUN: run, OF_STREAM: of_stream, **hparams}
+    for key, text in settings:
+        for owner, name in keys.targets(key):
+            owners[owner][name] = config.parse(text)
+    if run.get("reset") is not None:
+        run["reset"] = str(run["reset"])
+    return runs.Request(stream, methods, config.build(RunSettings, run), of_stream, hparams)
+
+
+def _stream_and_methods(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Sort names into the stream and the methods; those of the demo where none is named."""
     from tta import methods
-    from tta.adapter import config_class
     from tta.datasets import catalog
 
-    names = [word for word in words if "=" not in word]
     streams = [name for name in names if name in catalog.STREAMS]
     chosen = [name for name in names if name not in catalog.STREAMS]
     if len(streams) > 1:
@@ -49,56 +66,67 @@ def parse_request(words: Sequence[str]) -> runs.Request:
             )
     if repeated := {name for name in chosen if chosen.count(name) > 1}:
         raise UsageError(f"Method named twice: {', '.join(sorted(repeated))}.")
-    stream = streams[0] if streams else STREAM
-    chosen = chosen or list(METHODS)
+    return streams[0] if streams else STREAM, chosen or list(METHODS)
 
-    keys = {name: [f.name for f in dataclasses.fields(config_class(methods.find(name)))] for name in chosen}  # type: ignore[arg-type]
-    of_run = [field.name for field in dataclasses.fields(runs.RunConfig)]
-    protocols = [word.partition("=")[2] for word in words if word.partition("=")[0] in ("protocol", "stream.protocol")]
-    of_stream = catalog.stream_settings(stream, *protocols[-1:])
-    run: dict[str, Any] = {}
-    stream_settings: dict[str, Any] = {}
-    hparams: dict[str, dict[str, Any]] = {name: {} for name in chosen}
-    for word in words:
-        if "=" not in word:
-            continue
-        key, _, text = word.partition("=")
-        value = config.parse(text)
+
+class _Keys(NamedTuple):
+    """The keys that a run takes: its own, its stream's and its methods'."""
+
+    stream: str
+    of_run: list[str]
+    of_stream: list[str]
+    of_methods: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, stream: str, chosen: Sequence[str], *protocol: str) -> "_Keys":
+        """The keys of a run of these methods on this stream, with those of the protocol if it is named."""
+        from tta import methods
+        from tta.adapter import config_class
+        from tta.datasets import catalog
+
+        return cls(
+            stream,
+            [field.name for field in dataclasses.fields(RunSettings)],
+            list(catalog.stream_settings(stream, *protocol)),
+            {name: [field.name for field in dataclasses.fields(config_class(methods.find(name)))] for name in chosen},
+        )
+
+    def targets(self, key: str) -> list[tuple[str, str]]:
+        """(owner, name) of all settings that a key stands for; the owner is ``RUN``, ``OF_STREAM`` or a method."""
         owner, dot, name = key.partition(".")
-        having = [method for method in chosen if key in keys[method]]
-        if dot and owner == "stream":
-            known = [*of_stream, "seed", "protocol", "batch_size"]
+        having = [method for method, names in self.of_methods.items() if key in names]
+        if dot:
+            return [(self._owner(owner, name), name)]
+        if key in self.of_run:
+            return [(RUN, key)]
+        if having:
+            return [(method, key) for method in having]
+        if key in self.of_stream:
+            return [(OF_STREAM, key)]
+        known = sorted({*self.of_run, *self.of_stream, *(k for names in self.of_methods.values() for k in names)})
+        raise UsageError(
+            f"No method of this run ({', '.join(self.of_methods)}) has a key '{key}', nor has the run or the stream."
+            f"{config.nearest(key, known)}"
+        )
+
+    def _owner(self, owner: str, name: str) -> str:
+        """The owner of a key OWNER.NAME."""
+        if owner == "stream":
+            known = [*self.of_stream, "seed", "protocol", "batch_size"]
             if name not in known:
-                raise UsageError(f"Stream '{stream}' has no key '{name}'.{config.nearest(name, known)}")
-            (stream_settings if name in of_stream else run)[name] = value
-        elif dot and owner in keys:
-            hparams[owner][name] = value  # a wrong name is answered by the method's own config
-        elif dot:
-            known = ["stream", *chosen]
-            raise UsageError(
-                f"'{key}': '{owner}' is not in this run.{config.nearest(owner, known)} There are: {', '.join(known)}."
-            )
-        elif key in of_run:
-            run[key] = value
-        elif having:
-            for method in having:
-                hparams[method][key] = value
-        elif key in of_stream:
-            stream_settings[key] = value
-        else:
-            known = sorted({*of_run, *of_stream, *(k for names in keys.values() for k in names)})
-            raise UsageError(
-                f"No method of this run ({', '.join(chosen)}) has a key '{key}', nor has the run or the stream."
-                f"{config.nearest(key, known)}"
-            )
-    if run.get("reset") is not None:
-        run["reset"] = str(run["reset"])
-    return runs.Request(stream, chosen, config.build(runs.RunConfig, run), stream_settings, hparams)
+                raise UsageError(f"Stream '{self.stream}' has no key '{name}'.{config.nearest(name, known)}")
+            return OF_STREAM if name in self.of_stream else RUN
+        if owner in self.of_methods:
+            return owner  # a wrong name is reported by the method's own config
+        known = ["stream", *self.of_methods]
+        raise UsageError(
+            f"'{owner}.{name}': '{owner}' is not in this run.{config.nearest(owner, known)} There are: {', '.join(known)}."
+        )
 
 
 def key_values(words: Sequence[str]) -> dict[str, Any]:
-    """Settings KEY=VALUE as a mapping; raises a UsageError for a word that is none."""
+    """Settings KEY=VALUE as a mapping; a UsageError for a word of another form."""
     strange = next((word for word in words if "=" not in word), None)
     if strange is not None:
-        raise UsageError(f"'{strange}' is no setting: expected KEY=VALUE.")
+        raise UsageError(f"'{strange}' is not a setting: expected KEY=VALUE.")
     return {key: config.parse(text) for key, _, text in (word.partition("=") for word in words)}

@@ -1,4 +1,4 @@
-"""What there is: the lines that ``tta list`` prints, (name, what it is) each."""
+"""Listings for ``tta list``: pairs of a name and its description."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def _methods() -> list[tuple[str, str]]:
 
 
 def _lines_of(facts: dict[str, Any]) -> str:
-    """What ``benchmarks/methods_table.py`` found out about a method."""
+    """The facts that ``benchmarks/methods_table.py`` recorded about a method."""
     needs = [f"source: {facts['source']}", f"batch: {facts['batch']}", f"models: {', '.join(facts['models'])}"]
     passes = f"{facts['forwards']:g} forward, {facts['backwards']:g} backward an image"
     parity = "golden parity" if facts["golden"] else "no golden key"
@@ -44,9 +44,9 @@ def _corruptions() -> list[tuple[str, str]]:
 
 
 def _protocols() -> list[tuple[str, str]]:
-    from tta.datasets import catalog
+    from tta.datasets.protocols import PROTOCOLS
 
-    return [(name, protocol.line) for name, protocol in catalog.PROTOCOLS.items()]
+    return [(name, protocol.line) for name, protocol in PROTOCOLS.items()]
 
 
 def _benchmarks() -> list[tuple[str, str]]:

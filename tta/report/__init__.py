@@ -1,4 +1,4 @@
-"""Reports: results side by side as tables, pictures and an HTML page."""
+"""Reports: results side by side as tables, figures and an HTML page."""
 
 from tta.report.comparison import Comparison, compare
 

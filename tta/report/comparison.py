@@ -1,11 +1,10 @@
-"""Tables of results: domains and their mean, the difference to a baseline with its interval; terminal, papers, files."""
+"""Comparisons: results side by side, with the error per domain, the mean, and the difference to a baseline."""
 
 import html
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,13 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tta.report import tables
+from tta.report.tables import BASELINE, MEAN, ResultTable
 from tta.results import Interval, Result, compare_errors
 
 if TYPE_CHECKING:
     import pandas
-
-BASELINE = "source"
-MEAN = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +24,10 @@ class Run:
     """One run in a comparison.
 
     Attributes:
-        label: the method, and whatever of its configuration tells it from other runs of the method.
-        settings: those in which the runs compared differ (stream, seed, reset ...).
-        result: what it found.
-        difference: of its mean error to the baseline's, percentage points; None for the baseline or where it has none.
+        label: the method, and the hyper-parameters in which it differs from other runs of the method.
+        settings: those that differ between the compared runs (stream, seed, reset ...).
+        result: the result of the run.
+        difference: its mean error minus the baseline's, percentage points; None for the baseline itself or without one.
         interval: of that difference; None without predictions.
     """
 
@@ -51,10 +48,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs on the same stream with the same seed and source model: the ones whose errors may be set side by side.
+    """Runs on the same stream with the same seed and source model, whose errors may therefore be compared.
 
     Attributes:
-        settings: what all of them share.
+        settings: those that all runs of the group share.
         domains: in stream order.
         runs: the baseline first.
     """
@@ -64,22 +61,22 @@ class Group:
     runs: tuple[Run, ...]
 
     def best(self, column: str) -> str | None:
-        """The lowest error in a column as the tables show it; None where there is nothing to choose from."""
+        """The lowest error in a column, as the tables show it; None with fewer than two runs."""
         values = [value for run in self.runs if (value := _error(run, column)) is not None]
         return tables.number(min(values)) if len(values) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(ResultTable):
     """Runs side by side: error per domain, their mean, the difference to a baseline. Print it, or write it as a table.
 
     Runs on different streams, seeds or source models are kept apart: no number in it is an average over runs.
 
     Attributes:
         groups: runs that may be compared with one another.
-        baseline: method or label that the others are compared with; None where it is not among the results.
+        baseline: method or label that the others are compared with; None if it is not among the results.
         varying: names of the settings in which the runs differ.
-        notes: what a reader of the table has to know.
+        notes: remarks shown below the table.
         metrics: shown beside the errors, by their names in :attr:`tta.Result.metrics`.
     """
 
@@ -96,18 +93,14 @@ class Comparison:
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """All domains in stream order, those of later groups behind those of the first."""
+        """All domains in stream order; those of later groups follow those of the first."""
         return tuple(dict.fromkeys(domain for group in self.groups for domain in group.domains))
 
     def to_frame(self) -> "pandas.DataFrame":
-        """A pandas table with unrounded numbers: a row a run; method, settings, domains, mean, difference, seconds."""
-        import pandas  # half a second, which a terminal table need not wait for
+        """A pandas table with unrounded numbers, one row per run: settings, method, domains, mean, difference, seconds."""
+        import pandas  # takes half a second, and the terminal needs no pandas
 
         return pandas.DataFrame(self._records(), columns=self._header())
-
-    def to_csv(self) -> str:
-        """The table of :meth:`to_frame` as CSV, for other programs: unrounded, an empty cell where there is no value."""
-        return self.to_frame().to_csv(index=False, lineterminator="\n")
 
     def to_markdown(self) -> str:
         """A Markdown table, rows are methods; the lowest error of a column is bold."""
@@ -122,14 +115,31 @@ class Comparison:
         return "\n".join([*lines, "", *self.notes]).strip() + "\n"
 
     def to_html(self) -> str:
-        """An HTML table, rows are methods; the lowest error of a column is bold."""
-        import pandas
+        """An HTML table, rows are methods; the lowest error of a column is bold.
 
-        rows = [row for group in self.groups for row in self._rows(group, "<b>{}</b>".format, html.escape)]
-        table = pandas.DataFrame(rows, columns=[html.escape(name) for name in self._short_header()])
+        Varying settings that a group shares are in a row above it, the others below the method: as columns they would
+        make the table wider than a page.
+        """
+        header = ["method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        parts = [f"<thead>\n<tr>{head}</tr>\n</thead>"]
+        for group in self.groups:
+            lines = []
+            if shared := " · ".join(
+                f"{name} {group.settings[name]}" for name in self.varying if name in group.settings
+            ):
+                lines.append(f'<tr class="group"><th colspan="{len(header)}">{html.escape(shared)}</th></tr>')
+            for run, cells in zip(group.runs, self._cells(group, "<b>{}</b>".format), strict=True):
+                method, *settings = map(html.escape, _heading(run, self.varying, group).splitlines())
+                label = f"{method} <small>{' '.join(settings)}</small>" if settings else method
+                whole = (
+                    cell.replace(", ", ",&nbsp;") for cell in cells
+                )  # a line may end before an interval, not in it
+                lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (label, *whole)) + "</tr>")
+            parts.append("\n".join(["<tbody>", *lines, "</tbody>"]))
         notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
-        text = table.to_html(index=False, escape=False, border=0, classes="tta")
-        return f'<div class="wide">{text}</div>\n{notes}'
+        table = "\n".join(['<table class="tta">', *parts, "</table>"])
+        return f'<div class="wide">{table}</div>\n{notes}'
 
     def to_latex(self) -> str:
         """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""
@@ -153,29 +163,6 @@ class Comparison:
             ]
         )
 
-    def to_text(self, width: int = 100) -> str:
-        """The table as the terminal shows it, without colours."""
-        console = Console(file=io.StringIO(), width=width, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
-
-    def format(self, kind: str) -> str:
-        """The table as text.
-
-        Args:
-            kind: ``terminal``, ``markdown``, ``latex``, ``csv`` or ``html``.
-
-        Raises:
-            ValueError: another kind.
-        """
-        if kind not in FORMATS:
-            raise ValueError(f"No table format '{kind}'. There are: {', '.join(FORMATS)}.")
-        return FORMATS[kind](self)
-
-    def __str__(self) -> str:
-        return self.to_text()
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for group in self.groups:
             title = " · ".join(
@@ -187,13 +174,13 @@ class Comparison:
             yield Text(note, style="dim")
 
     def _tables(self, group: Group, width: int) -> Iterator[Table]:
-        """Domains down, runs across: fifteen domains fit any terminal. Runs that do not fit side by side go below."""
+        """One column per run, domains down; runs that do not fit side by side go into further tables."""
         names = [*group.domains, MEAN, *self._versus_name(), "seconds", *self.metrics]
         first = max(map(len, names))
         room = width - first - 4
         heads = [_heading(run, self.varying, group) for run in group.runs]
         words = max(len(word) for head in heads for line in head.splitlines() for word in line.split())
-        # The interval takes one line, two or three, whichever lets all runs stand side by side.
+        # The interval takes one, two or three lines: as few as let all runs stand side by side.
         sizes = sorted({max(size, min(words, 20)) for size in (8, 14, max(len(run.versus()) for run in group.runs))})
         fitting = [size for size in sizes if (size + 2) * len(group.runs) <= room]
         size = fitting[-1] if fitting else sizes[0]
@@ -219,11 +206,15 @@ class Comparison:
         return [f"vs {self.baseline}"] if self.baseline else []
 
     def _rows(self, group: Group, bold: Callable[[str], str], quote: Callable[[str], str] = str) -> Iterator[list[str]]:
+        for run, cells in zip(group.runs, self._cells(group, bold), strict=True):
+            yield [*map(quote, [*run.settings.values(), run.label]), *cells]
+
+    def _cells(self, group: Group, bold: Callable[[str], str]) -> Iterator[list[str]]:
+        """The cells of each run behind its settings and its label."""
         for run in group.runs:
             errors = [_shown(run, column, group, bold) for column in (*self.domains, MEAN)]
-            names = map(quote, [*run.settings.values(), run.label])
             metrics = [_metric(run.result, name) for name in self.metrics]
-            yield [*names, *errors, *([run.versus()] if self.baseline else []), *metrics]
+            yield [*errors, *([run.versus()] if self.baseline else []), *metrics]
 
     def _short_header(self) -> list[str]:
         return [*self.varying, "method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
@@ -243,24 +234,15 @@ class Comparison:
         return records
 
 
-FORMATS: dict[str, Callable[[Comparison], str]] = {
-    "terminal": Comparison.to_text,
-    "markdown": Comparison.to_markdown,
-    "latex": Comparison.to_latex,
-    "csv": Comparison.to_csv,
-    "html": Comparison.to_html,
-}
-
-
 def compare(results: Iterable[Result], baseline: str | None = None, *, metrics: Sequence[str] = ()) -> Comparison:
     """Results side by side, each with its difference to a baseline and a paired bootstrap interval.
 
-    A run is compared with the baseline's run on the same stream, seed and source model, over the images both predicted
-    (:func:`tta.results.intervals.compare_errors`); where there are several, with the one whose other settings are most alike.
+    A run is compared with the baseline's run on the same stream, seed and source model, over the images that both predicted
+    (:func:`tta.results.intervals.compare_errors`); of several such runs, with the one whose other settings differ least.
 
     Args:
         results: made by :func:`tta.evaluate` or read by :func:`tta.results.find_results`.
-        baseline: a method, or a run's label as the table shows it. Left out: ``source``, if it is among the results.
+        baseline: a method, or a run's label as the table shows it. Left out: ``source`` if it is among the results.
         metrics: shown beside the errors, by their names in :attr:`tta.Result.metrics`: ``"ece"``, ``"forwards_per_image"``,
             with dots ``"collapse.last.class_entropy"``.
 
@@ -277,46 +259,63 @@ def compare(results: Iterable[Result], baseline: str | None = None, *, metrics: 
     settings = [_settings(result) for result in results]
     names = dict.fromkeys(name for one in settings for name in one)
     varying = tuple(name for name in names if len({one.get(name) for one in settings}) > 1)
-    places = [tuple(one.get(name, "-") for name in varying) for one in settings]
-    labels = _labels(results, places)
+    labels = _labels(results, [tuple(one.get(name, "-") for name in varying) for one in settings])
     if baseline is None:
         baseline = BASELINE if any(result.method == BASELINE for result in results) else None
     elif not any(baseline in (result.method, label) for result, label in zip(results, labels, strict=True)):
         raise ValueError(f"No result of the baseline '{baseline}'. There are: {', '.join(dict.fromkeys(labels))}.")
 
-    members: dict[str, list[int]] = {}
-    for number, result in enumerate(results):
-        members.setdefault(_comparable(result), []).append(number)
+    members: dict[str, list[_Member]] = {}
+    for result, label, one in zip(results, labels, settings, strict=True):
+        is_base = baseline in (result.method, label)
+        members.setdefault(_comparable(result), []).append(_Member(result, label, one, is_base))
     groups, remarks = [], dict[str, None]()
-    for numbers in members.values():
-        bases = [n for n in numbers if baseline in (results[n].method, labels[n])]
-        runs = []
-        for n in sorted(numbers, key=lambda n: n not in bases):
-            nearest = min(bases, key=lambda base: _distance(settings[base], settings[n]), default=n)
-            difference, interval, remark = None, None, None
-            if n not in bases and nearest != n:
-                difference, interval, remark = _difference(results[nearest], results[n])
-            if remark:
-                remarks[remark] = None
-            named = dict(zip(varying, places[n], strict=True))
-            run = Run(label=labels[n], settings=named, result=results[n], difference=difference, interval=interval)
-            runs.append(run)
-        same = {k: v for k, v in settings[numbers[0]].items() if all(settings[n].get(k) == v for n in numbers)}
-        domains = dict.fromkeys(row.domain for run in runs for row in run.result.rows)
-        if any(len(run.result.rows) < len(domains) for run in runs):
-            remarks["The domains differ between runs: each mean is over the run's own."] = None
-        groups.append(Group(settings=same, domains=tuple(domains), runs=tuple(runs)))
+    for of_group in members.values():
+        group, said = _group(of_group, varying)
+        groups.append(group)
+        remarks |= dict.fromkeys(said)
     notes = [*_notes(baseline, [run for group in groups for run in group.runs], varying), *remarks]
     return Comparison(
         groups=tuple(groups), baseline=baseline, varying=varying, notes=tuple(notes), metrics=tuple(metrics)
     )
 
 
-# ---------------------------------------------------------------------- what the runs are
+class _Member(NamedTuple):
+    """A result on its way into a group."""
+
+    result: Result
+    label: str
+    settings: Mapping[str, str]
+    is_base: bool
+
+
+def _group(members: Sequence[_Member], varying: Sequence[str]) -> tuple[Group, list[str]]:
+    """Comparable results as a group, the baseline first, and the remarks that its table needs."""
+    bases = [member for member in members if member.is_base]
+    runs, remarks = [], []
+    for member in sorted(members, key=lambda member: not member.is_base):
+        difference, interval, remark = None, None, None
+        if bases and not member.is_base:
+            nearest = min(bases, key=lambda base: _distance(base.settings, member.settings))
+            difference, interval, remark = _difference(nearest.result, member.result)
+        if remark:
+            remarks.append(remark)
+        shown = {name: member.settings.get(name, "-") for name in varying}
+        run = Run(label=member.label, settings=shown, result=member.result, difference=difference, interval=interval)
+        runs.append(run)
+    first = members[0].settings
+    shared = {name: value for name, value in first.items() if all(m.settings.get(name) == value for m in members)}
+    domains = tuple(dict.fromkeys(row.domain for run in runs for row in run.result.rows))
+    if any(len(run.result.rows) < len(domains) for run in runs):
+        remarks.append("The domains differ between runs: each mean is over the run's own.")
+    return Group(settings=shared, domains=domains, runs=tuple(runs)), remarks
+
+
+# ---------------------------------------------------------------------- settings, labels, differences
 
 
 def _settings(result: Result) -> dict[str, str]:
-    """What a reader has to know of a run beside its method, as far as its manifest tells."""
+    """Settings of a run that the table names beside its method, as far as they are in its manifest."""
     data, model = _part(result.manifest, "data"), _part(result.manifest, "model")
     found = {
         "stream": result.stream,
@@ -333,7 +332,7 @@ def _settings(result: Result) -> dict[str, str]:
 
 
 def _stream_settings(result: Result) -> dict[str, Any]:
-    """How the stream was asked for; where its files lie makes no difference."""
+    """Settings of the stream, without the folder of its files, which makes no difference."""
     settings = _part(_part(result.manifest, "data"), "settings")
     return {name: value for name, value in settings.items() if name != "root"}
 
@@ -344,7 +343,7 @@ def _part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _comparable(result: Result) -> str:
-    """The same text for results whose errors may be set side by side."""
+    """A key that is equal for results whose errors may be compared."""
     settings = _settings(result)
     images = {name: settings.get(name) for name in (*_stream_settings(result), "stream", "seed")}
     source = {name: settings.get(name) for name in ("model", "weights")}
@@ -356,7 +355,7 @@ def _distance(a: Mapping[str, str], b: Mapping[str, str]) -> int:
 
 
 def _labels(results: Sequence[Result], places: Sequence[tuple[str, ...]]) -> list[str]:
-    """The method, what of its configuration differs between its runs, and a number where that does not tell them apart."""
+    """The method, the hyper-parameters in which its runs differ, and a number if runs still have the same label."""
     labels: list[str] = []
     seen: dict[tuple[Any, ...], int] = {}
     for result, place in zip(results, places, strict=True):
@@ -371,7 +370,7 @@ def _labels(results: Sequence[Result], places: Sequence[tuple[str, ...]]) -> lis
 
 
 def _difference(base: Result, other: Result) -> tuple[float | None, Interval | None, str | None]:
-    """Difference of mean error, its interval, and what a reader has to know of them."""
+    """Difference of the mean errors, its interval, and a remark on them."""
     if base.predictions is None or other.predictions is None:
         if base.errors.keys() != other.errors.keys():
             return None, None, "No difference where a run has other domains and its predictions are not at hand."
@@ -403,7 +402,7 @@ def _notes(baseline: str | None, runs: Sequence[Run], varying: Sequence[str]) ->
 
 
 def _error(run: Run, column: str) -> float | None:
-    """The error in a column (a domain, or the mean); None where there is none."""
+    """The error in a column (a domain or the mean); None if there is none."""
     value = run.result.mean_error if column == MEAN else run.result.errors.get(column)
     return value if value is not None and value == value else None
 
@@ -411,14 +410,12 @@ def _error(run: Run, column: str) -> float | None:
 def _shown(run: Run, column: str, group: Group, bold: Callable[[str], str]) -> str:
     value = _error(run, column)
     text = "-" if value is None else tables.number(value)
-    # What is shown decides: two equal numbers of which one is bold would look like a mistake.
+    # Rounded numbers are compared: of two that look equal, one in bold would look like a mistake.
     return bold(text) if value is not None and text == group.best(column) else text
 
 
 def _cell(run: Run, column: str, group: Group) -> Text:
-    best: list[str] = []
-    text = _shown(run, column, group, lambda text: best.append(text) or text)  # type: ignore[func-returns-value]
-    return Text(text, style="bold" if best else "")
+    return Text.from_markup(_shown(run, column, group, "[bold]{}[/]".format))
 
 
 def _numbers(result: Result) -> list[str]:
@@ -431,6 +428,6 @@ def _metric(result: Result, name: str) -> str:
 
 
 def _heading(run: Run, varying: Sequence[str], group: Group) -> str:
-    """The label, one setting a line; what all runs of the group share stands in the title instead."""
+    """The label with one setting per line; settings that the whole group shares are in the title instead."""
     method, *config = run.label.split(" ")
     return "\n".join([method, *config, *(f"{k}={run.settings[k]}" for k in varying if k not in group.settings)])

@@ -1,4 +1,4 @@
-"""Pictures of results: error over the stream, by domain, against cost, calibration, hyper-parameters. Extra ``plot``."""
+"""Figures of results: error over the stream, by domain, against cost; calibration; hyper-parameters. Extra ``plot``."""
 
 import itertools
 import math
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
-# Okabe and Ito's palette, told apart by colour-blind readers too; yellow is left out, which white paper swallows.
+# Okabe and Ito's palette for colour-blind readers, without its yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-BINS = 15  # of the confidence, as the expected calibration error has them
-UNTOLD = ("seed", "weights")  # runs that differ in these alone are averaged
-TOLD_FIRST = ("stream", "protocol", "model")  # and no other where these tell the runs of a method apart
+BINS = 15  # of the confidence, as in the expected calibration error
+AVERAGED = ("seed", "weights")  # runs that differ in these alone are averaged
+NAMED_FIRST = ("stream", "protocol", "model")  # others are named only if these do not distinguish the runs of a method
 
 
 def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
-    """Online error over the stream, a line a method; domains are bounded by lines where all runs meet the same ones.
+    """Online error over the stream, one line per method; vertical lines separate domains if all runs have the same ones.
 
     Args:
         results: runs with their predictions; those that differ in the seed alone are averaged.
-        window: batches that a point is the mean of, the last so many of the domain; left out, a fortieth of the stream.
+        window: each point is the error over the last ``window`` batches of its domain; left out, a fortieth of the stream.
 
     Raises:
         ValueError: no results, or results without predictions.
@@ -78,12 +78,12 @@ def heatmap(results: Iterable[Result]) -> "Figure":
 
 
 def pareto(results: Iterable[Result], *, cost: str = "passes") -> "Figure":
-    """Mean error against cost, a numbered point a method; none is better in both than those on the line.
+    """Mean error against cost, one numbered point per method; the line joins the methods that no other beats in both.
 
     Args:
         results: those that differ in the seed alone are averaged.
-        cost: ``"passes"``, forward and backward passes an image; ``"seconds"`` an image, of the machine that ran them; or
-            a metric of :attr:`tta.Result.metrics`, such as ``"peak_memory_mb"``.
+        cost: ``"passes"``, forward and backward passes per image; ``"seconds"`` per image, of the machine that ran them;
+            or a metric of :attr:`tta.Result.metrics`, such as ``"peak_memory_mb"``.
 
     Raises:
         ValueError: no results, or none with that cost.
@@ -116,7 +116,7 @@ def pareto(results: Iterable[Result], *, cost: str = "passes") -> "Figure":
 
 
 def calibration(results: Iterable[Result]) -> "Figure":
-    """Accuracy of predictions by their confidence, in 15 bins of equal width; on the diagonal the two are equal.
+    """Accuracy against confidence in 15 bins of equal width, with the diagonal on which the two are equal.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. Bins of fewer than 10 predictions are left out.
 
@@ -143,38 +143,38 @@ def calibration(results: Iterable[Result]) -> "Figure":
 
 
 def grid(results: Iterable[Result]) -> "Figure":
-    """Mean error by learning rate and steps: a field of cells a method that ran with several of either.
+    """Mean error by learning rate and steps, one panel per method that ran with several of either.
 
-    Streams, protocols and sets of domains have fields of their own: the validation corruptions of ``tta tune`` are not
+    Each stream, protocol and set of domains has a panel of its own: the validation corruptions of ``tta tune`` are not
     averaged with those of the test.
 
     Raises:
         ValueError: no method ran with several learning rates or steps.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    fields: dict[tuple[str, ...], dict[tuple[float, int], list[Result]]] = {}
+    panels: dict[tuple[str, ...], dict[tuple[float, int], list[Result]]] = {}
     for result in results:
         if "lr" in result.config and not result.manifest.get("oracle_steps"):
             place = (float(result.config["lr"]), int(result.config.get("steps", 1)))
-            fields.setdefault(_field(result), {}).setdefault(place, []).append(result)
-    fields = {field: found for field, found in fields.items() if len(found) > 1}
-    if not fields:
+            panels.setdefault(_panel_of(result), {}).setdefault(place, []).append(result)
+    panels = {panel: found for panel, found in panels.items() if len(found) > 1}
+    if not panels:
         raise ValueError(
             "No method here ran with several learning rates or steps: give a benchmark a grid (`tta tune`)."
         )
-    told = [n for n in range(1, 4) if len({field[n] for field in fields}) > 1]
-    rates, numbers = (sorted({place[n] for found in fields.values() for place in found}) for n in (0, 1))
-    across = min(4, len(fields))
-    down = math.ceil(len(fields) / across)
-    figure = new_figure((across * (1 + 0.65 * len(rates)), down * (1.1 + 0.2 * len(told) + 0.4 * len(numbers))))
-    panels = figure.subplots(down, across, squeeze=False).flatten()
-    for axes, (field, found) in zip(panels, fields.items(), strict=False):
+    differing = [n for n in range(1, 4) if len({panel[n] for panel in panels}) > 1]
+    rates, numbers = (sorted({place[n] for found in panels.values() for place in found}) for n in (0, 1))
+    across = min(4, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = new_figure((across * (1 + 0.65 * len(rates)), down * (1.1 + 0.2 * len(differing) + 0.4 * len(numbers))))
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes, (panel, found) in zip(places, panels.items(), strict=False):
         table = np.array([[_mean(found.get((lr, int(steps)), [])) for lr in rates] for steps in numbers])
         _cells(axes, table, [str(steps) for steps in numbers], [f"{lr:g}" for lr in rates], tables.number)
-        axes.set_title("\n".join([field[0], *(_first_of(field[n]) for n in told)]), fontsize=9, loc="left")
+        axes.set_title("\n".join([panel[0], *(_first_of(panel[n]) for n in differing)]), fontsize=9, loc="left")
         axes.set_xlabel("lr", fontsize=8)
         axes.set_ylabel("steps", fontsize=8)
-    for axes in panels[len(fields) :]:
+    for axes in places[len(panels) :]:
         axes.set_axis_off()
     return figure
 
@@ -188,20 +188,20 @@ FIGURES: dict[str, Callable[[Iterable[Result]], "Figure"]] = {
 }
 
 
-def _field(result: Result) -> tuple[str, ...]:
-    """What may share a field of cells: method, stream, protocol and domains."""
+def _panel_of(result: Result) -> tuple[str, ...]:
+    """Method, stream, protocol and domains: results in which these are equal share a panel."""
     domains = ", ".join(row.domain for row in result.rows)
     return result.method, result.stream, str(result.manifest.get("data", {}).get("protocol")), domains
 
 
 def _first_of(names: str) -> str:
-    """A list of names by its first and how many follow: ``fog +14``."""
+    """The first of several names and the number of the others: ``fog +14``."""
     first, *others = names.split(", ")
     return f"{first} +{len(others)}" if others else first
 
 
 def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Results by what tells them apart, in words; runs over several seeds share one entry.
+    """Results by label: the method and the settings that distinguish it. Runs that differ in the seed alone share a label.
 
     Raises:
         ValueError: no results.
@@ -211,12 +211,12 @@ def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
         of_label.setdefault(run.label, []).append(run)
     found: dict[str, list[Result]] = {}
     for label, runs in of_label.items():
-        told: list[str] = []
-        for name in sorted(runs[0].settings, key=lambda name: name not in TOLD_FIRST):
-            if name not in UNTOLD and len(_places(runs, [*told, name])) > len(_places(runs, told)):
-                told.append(name)
+        named: list[str] = []
+        for name in sorted(runs[0].settings, key=lambda name: name not in NAMED_FIRST):
+            if name not in AVERAGED and len(_places(runs, [*named, name])) > len(_places(runs, named)):
+                named.append(name)
         for run in runs:
-            words = [run.settings[name] if name in TOLD_FIRST else f"{name} {run.settings[name]}" for name in told]
+            words = [run.settings[name] if name in NAMED_FIRST else f"{name} {run.settings[name]}" for name in named]
             found.setdefault(" · ".join([label, *words]), []).append(run.result)
     return found
 
@@ -226,13 +226,13 @@ def _places(runs: Iterable[Run], names: Sequence[str]) -> set[tuple[str, ...]]:
 
 
 def reliability(results: Sequence[Result]) -> tuple[Floats, Floats, Floats]:
-    """Mean confidence, accuracy (both in percent) and number of predictions in each of the bins of the confidence.
+    """Mean confidence and accuracy, both in percent, and number of predictions, each per bin of the confidence.
 
     Raises:
-        ValueError: results without predictions, or of an earlier version.
+        ValueError: results without predictions, or written by an earlier version.
     """
     if any(result.predictions is None for result in results):
-        raise ValueError("A calibration needs the predictions of a run, which are not at hand: run it with --out.")
+        raise ValueError("A calibration needs predictions, which these results lack: run with --out.")
     kept = [result.predictions.select(result.predictions.known) for result in results if result.predictions]
     confidence = np.concatenate([one.column("confidence") for one in kept]).astype(np.float64)
     correct = np.concatenate([one.correct for one in kept])
@@ -264,7 +264,7 @@ def _cost(result: Result, cost: str) -> float:
 
 
 def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points than which none is both cheaper and better, from the cheapest on."""
+    """The (cost, error) points that no other point beats in both, the cheapest first."""
     front: list[tuple[float, float]] = []
     for point in sorted(points):
         if not front or point[1] < front[-1][1]:
@@ -273,7 +273,7 @@ def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _bounds(curves: list["pandas.DataFrame"]) -> list[tuple[int, str]]:
-    """After how many images each domain ends; none where runs meet others, or so many that no picture can show them."""
+    """(images until its end, name) of each domain; empty if the runs' domains differ or are more than 40."""
     orders = []
     for one in curves:
         arrived = zip(np.cumsum(one["samples"]).tolist(), one["domain"], strict=True)
@@ -283,7 +283,7 @@ def _bounds(curves: list["pandas.DataFrame"]) -> list[tuple[int, str]]:
 
 
 def _running(curves: "pandas.DataFrame", ends: list[int], window: int) -> Floats:
-    """At each batch the error of the last ``window`` batches, none of them of a domain that has ended."""
+    """Error over the last ``window`` batches at each batch; batches of an earlier domain do not count."""
     error = curves["error"].to_numpy(dtype=np.float64)
     samples = np.where(np.isnan(error), 0, curves["samples"].to_numpy(dtype=np.float64))
     arrived = np.cumsum(curves["samples"].to_numpy())
@@ -292,11 +292,12 @@ def _running(curves: "pandas.DataFrame", ends: list[int], window: int) -> Floats
     sums = [np.concatenate([[0], np.cumsum(values)]) for values in (np.nan_to_num(error) * samples, samples)]
     with np.errstate(invalid="ignore"):
         wrong, count = (total[1:] - total[first] for total in sums)
-        return wrong / count
+        running: Floats = wrong / count
+    return running
 
 
 def _draw_bounds(axes: "Axes", bounds: list[tuple[int, str]]) -> None:
-    """Lines between domains, and their names above."""
+    """Draw lines between domains and write their names above."""
     short = tables.shortened([name for _, name in bounds])
     start = 0
     for (end, _), name in zip(bounds, short, strict=True):
@@ -307,7 +308,7 @@ def _draw_bounds(axes: "Axes", bounds: list[tuple[int, str]]) -> None:
 
 
 def _cells(axes: "Axes", table: Floats, rows: list[str], columns: list[str], write: Callable[[float], str]) -> None:
-    """A table as coloured cells with their numbers; dark is low, and no number means no run."""
+    """Draw a table as coloured cells with their numbers; dark is low, and an empty cell has no run."""
     low, high = np.nanmin(table), np.nanmax(table)
     axes.imshow(table, cmap="cividis", vmin=low, vmax=max(high, low + 1e-9), aspect="auto")
     for row, column in np.argwhere(~np.isnan(table)):
@@ -322,12 +323,12 @@ def _cells(axes: "Axes", table: Floats, rows: list[str], columns: list[str], wri
 
 
 def _height(entries: Collection[Any]) -> float:
-    """Inches that a picture needs for so long a legend."""
+    """Height in inches that leaves room for a legend of these entries."""
     return max(4.5, 0.18 * len(entries) + 0.6)
 
 
 def _styles() -> Iterable[dict[str, Any]]:
-    """Line styles without end, first those that differ most: each colour solid, then each dashed."""
+    """An endless sequence of line styles: each colour solid, then each in every dash."""
     return itertools.cycle({"color": colour, "linestyle": dash} for dash in DASHES for colour in PALETTE)
 
 

@@ -1,13 +1,14 @@
-"""The HTML report: one page with the tables, the pictures and the settings, which needs no network and no other file."""
+"""The HTML report: a single file with tables, figures and settings, which needs no network and no other file."""
 
 import html
 import io
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tta.report import figures
+from tta.report.tables import ResultTable
 from tta.results import Result
 
 if TYPE_CHECKING:
@@ -25,13 +26,16 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --faint: #a0a0a0; --line: #555; --paper: #16181b; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 80em; margin: 0 auto;
   padding: 1.5em; }
-h1 { font-size: 1.4em; } h2 { font-size: 1.05em; margin-top: 2.2em; }
+h1 { font-size: 1.4em; } h2 { font-size: 1.05em; margin-top: 2.2em; } h3 { font-size: 0.95em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.87em; }
-th, td { padding: 0.2em 0.6em; text-align: right; white-space: nowrap; border: 0; }
+th, td { padding: 0.2em 0.45em; text-align: right; border: 0; }
+th { white-space: nowrap; }
+small { display: block; color: var(--faint); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 th { border-top: 2px solid var(--ink); border-bottom: 1px solid var(--line); }
-tr:last-child td { border-bottom: 2px solid var(--ink); }
+tr.group th { border: 0; border-top: 1px solid var(--line); padding-top: 0.7em; font-weight: normal; color: var(--faint); }
+table tr:last-child td { border-bottom: 1px solid var(--line); } tbody:last-child tr:last-child td { border-bottom: 2px solid var(--ink); }
 p { color: var(--faint); max-width: 60em; font-size: 0.9em; }
 figure { margin: 1em 0; background: #fff; padding: 0.6em; border-radius: 4px; overflow-x: auto; }
 figure svg { max-width: 100%; min-width: 36em; height: auto; display: block; }
@@ -39,28 +43,21 @@ pre { overflow-x: auto; font-size: 0.8em; } summary { cursor: pointer; }
 """
 
 
-class HtmlTable(Protocol):
-    """A table that can be written as HTML: a comparison, or the summary of a benchmark."""
-
-    def to_html(self) -> str:
-        """The table as an HTML fragment."""
-
-
-def html_page(table: HtmlTable, results: Sequence[Result], *, title: str = "Test-time adaptation") -> str:
+def html_page(table: ResultTable, results: Sequence[Result], *, title: str = "Test-time adaptation") -> str:
     """The report as the text of an HTML file.
 
     Args:
-        table: of the results, or of a benchmark.
-        results: what is drawn, and told in full; a picture that they do not give is left out. Without the extra ``plot``
-            there are no pictures, and the page says how to get them.
-        title: of the page.
+        table: a comparison of the results, or the summary of a benchmark.
+        results: drawn as figures and listed with all their settings; figures that they lack the data for are left out.
+            Without the extra ``plot`` there are no figures, and the page says how to get them.
+        title: title of the page.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Online error in %</h2>", table.to_html()]
-    parts += [f"<h2>{html.escape(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _pictures(results).items()]
+    parts += [f"<h2>{html.escape(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _figures(results).items()]
     if find_spec("matplotlib") is None:
-        parts.append("<p>Pictures need matplotlib: pip install 'tta-toolkit[plot]', then write this page again.</p>")
+        parts.append("<p>Figures need matplotlib: pip install 'tta-toolkit[plot]', then write this page again.</p>")
     parts.append("<h2>Settings</h2>")
-    parts += [_told(label, member) for label, members in _grouped(results).items() for member in members]
+    parts += [_details(label, member) for label, members in _grouped(results).items() for member in members]
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -73,13 +70,13 @@ def _grouped(results: Sequence[Result]) -> dict[str, list[Result]]:
     return figures.grouped(results) if results else {}
 
 
-def _pictures(results: Sequence[Result]) -> dict[str, str]:
-    """Titles and SVG of the pictures that the results give."""
+def _figures(results: Sequence[Result]) -> dict[str, str]:
+    """The figures that can be drawn of the results: title -> SVG."""
     found: dict[str, str] = {}
     for name, title in TITLES.items():
         try:
             found[title] = _svg(figures.FIGURES[name](results))
-        except (ValueError, ModuleNotFoundError):  # no grid, no predictions, no matplotlib: the tables stand alone
+        except (ValueError, ModuleNotFoundError):  # no grid, no predictions or no matplotlib
             continue
     return found
 
@@ -92,8 +89,8 @@ def _svg(figure: "Figure") -> str:
     return drawn[drawn.index("<svg") :].replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
 
 
-def _told(label: str, result: Result) -> str:
-    """All that a run was, folded away."""
+def _details(label: str, result: Result) -> str:
+    """Configuration, metrics and manifest of a run, folded away."""
     facts = {"seed": result.seed, "config": result.config, "metrics": result.metrics, "manifest": result.manifest}
     text = html.escape(json.dumps(facts, indent=1, default=str))
     return f"<details><summary>{html.escape(label)} · seed {result.seed}</summary><pre>{text}</pre></details>"

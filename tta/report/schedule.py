@@ -1,4 +1,4 @@
-"""Pictures. They need matplotlib: the extra ``plot``."""
+"""Figures of a stream's schedule. They need matplotlib, which the extra ``plot`` installs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 Integers = NDArray[np.int64]
 Colour = tuple[float, float, float, float]
 
-UNKNOWN: Colour = (0.1, 0.1, 0.1, 1.0)
-COLUMNS = 400  # more batches than that share columns: a picture has no more room
+UNKNOWN_COLOUR: Colour = (0.1, 0.1, 0.1, 1.0)  # of classes that the source model does not know
+COLUMNS = 400  # in a figure; of longer streams several batches share a column
 
 
 def schedule(stream: Stream) -> "Figure":
-    """What arrives when: the share of each domain in each batch, below it that of each class. No image is read.
+    """Share of each domain in each batch, and below it the share of each class. No image is read.
 
-    Batches that are predicted without learning are marked along the top. Of corruptions that change continuously the
+    A line along the top marks batches that are predicted without learning. For corruptions that change continuously the
     severities are shown instead of the domains.
 
     Raises:
@@ -42,7 +42,7 @@ def schedule(stream: Stream) -> "Figure":
 def draw_schedule(stream: Stream, above: "Axes", below: "Axes", *, legend: bool = False) -> None:
     """Draw the shares of domains and of classes in each batch into two axes.
 
-    A domain that comes again keeps its colour; where severities differ, a lower one is paler.
+    A domain that returns keeps its colour; of several severities, lower ones are paler.
     """
     lengths = np.array([plan.samples for plan in stream.schedule()])
     batch = np.repeat(np.arange(len(lengths)), lengths)
@@ -66,24 +66,24 @@ def draw_schedule(stream: Stream, above: "Axes", below: "Axes", *, legend: bool 
 
     classes, kind = np.unique(label, return_inverse=True)
     of_class = _colours([str(one) for one in classes if one >= 0])
-    _stack(below, batch, kind, [(of_class.get(str(one), UNKNOWN), 1.0) for one in classes], len(lengths))
+    _stack(below, batch, kind, [(of_class.get(str(one), UNKNOWN_COLOUR), 1.0) for one in classes], len(lengths))
     below.set_ylabel("classes", fontsize=8)
 
     for held in np.flatnonzero(stream.paused):
         above.plot([held, held + 1], [1, 1], color="black", linewidth=3, solid_capstyle="butt", clip_on=False)
     if legend:
         _legend(above, colours)
-        _legend(below, of_class | ({"unknown": UNKNOWN} if (label < 0).any() else {}))
+        _legend(below, of_class | ({"unknown": UNKNOWN_COLOUR} if (label < 0).any() else {}))
 
 
 def save(figure: "Figure", file: Path) -> None:
-    """Write a figure; the file's ending says how (``.png``, ``.svg``, ``.pdf``)."""
+    """Write a figure in the format of the file's suffix (``.png``, ``.svg``, ``.pdf``)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":
-    """An empty figure of so many inches.
+    """An empty figure of this width and height in inches.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -91,7 +91,7 @@ def new_figure(size: tuple[float, float]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("Pictures need matplotlib: pip install 'tta-toolkit[plot]'.") from None
+        raise ModuleNotFoundError("Figures need matplotlib: pip install 'tta-toolkit[plot]'.") from None
     return Figure(figsize=size, layout="constrained")
 
 
@@ -100,12 +100,12 @@ def _colours(names: list[str]) -> dict[str, Colour]:
 
     if len(names) > 20:
         return {name: colormaps["turbo"](n / len(names)) for n, name in enumerate(names)}
-    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]  # the palette's pale colours look like low severities
+    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]  # pale colours, at odd places, would look like low severities
     return {name: colormaps["tab20"](strong_first[n]) for n, name in enumerate(names)}
 
 
 def _severities(axes: "Axes", walk: Walk, batch_size: int) -> dict[str, Colour]:
-    """Severity of each corruption over the batches, an area each."""
+    """Draw the severity of each corruption over the batches, one area per corruption."""
     names = list(dict.fromkeys(name for step in walk.steps for name in (step.first, step.second)))
     colours = _colours(names)
     arrivals = np.arange(len(walk.steps) + 1) * walk.speed
@@ -119,7 +119,7 @@ def _severities(axes: "Axes", walk: Walk, batch_size: int) -> dict[str, Colour]:
 
 
 def _stack(axes: "Axes", batch: Integers, kind: Integers, shades: list[tuple[Colour, float]], batches: int) -> None:
-    """Shares of kinds in each batch, stacked; a kind has a colour and an opacity."""
+    """Draw the stacked shares of kinds in each batch; each kind has a colour and an opacity."""
     columns = min(batches, COLUMNS)
     count = np.zeros((len(shades), columns))
     np.add.at(count, (kind, batch * columns // batches), 1)

@@ -1,0 +1,200 @@
+"""The parser of the ``tta`` command: its sub-commands, their options and help texts."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from tta.cli import listings
+from tta.report.tables import FORMATS
+
+RUN_HELP = """\
+Run methods on a stream, print the table, write the results. `tta run` alone is the embedded demo.
+
+words:      the stream (digits-c), methods (source norm tent ...), and settings key=value, in any order
+settings:   lr=1e-3            every method named that has the key
+            tent.lr=1e-3       one method
+            stream.severity=3  the stream, and its protocol's parameters (protocol=correlated delta=0.1)
+            model=digits-vit   the rest: model, checkpoint, num_classes, mean, std, source, preset, protocol, reset, seed,
+                               batch_size, precision, accelerator, num_workers (processes that read ahead),
+                               clean (true: predict clean images before and after)
+source:     source=FILE        source statistics for methods such as eata, saved by `tta source`, or a folder of images;
+                               left out, the stream's own source images if it has any
+ccc:        protocol=ccc matrix=FILE, or without one calibrated on the run's model: target=20 speed=1000 total=7500000
+example:    tta run digits-c source tent severity=3 tent.lr=5e-3 seed=1 --out runs/mine
+"""
+
+SOURCE_HELP = """\
+Record the source statistics that methods need, in one pass and one file, so that they run without source images.
+
+DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
+METHOD:     methods, and the stream they will run on if it has only some of the model's classes (imagenet-r)
+settings:   as in `tta run`: those of the methods, checkpoint, preset, accelerator
+example:    tta source digits-cnn digits-c eata actmad -o source.safetensors
+            tta run digits-c eata actmad source=source.safetensors
+"""
+
+CORRUPT_HELP = """\
+Write a corrupted copy of images in the layout and format of the published sets. If stopped, the same command resumes.
+
+SRC:        a folder CLASS/IMAGE; clean CIFAR as torchvision downloads it; or an .npy file, uint8 (n, height, width, 3)
+DST:        gets CORRUPTION/SEVERITY/CLASS/IMAGE, or CORRUPTION.npy and labels.npy; tta-corrupt.json says how it was made
+settings:   corruptions=[fog,snow] severities=[3,5] seed=0 recipe=imagenet; of a folder's images resize=256 crop=224
+            quality=85, of JPEG files as in ImageNet-C (null: PNG, lossless); on_error=skip leaves broken files out
+example:    tta corrupt imagenet/val data/ImageNet-C severities=[5] --workers 8
+"""
+
+BENCH_HELP = """\
+Run a benchmark: methods x models x streams x protocols x seeds, one cell for each combination. If stopped, the same command
+resumes; the table shows each failed cell with its reason, and failed cells are run again the next time.
+
+NAME|FILE:  one of `tta list benchmarks`, or a .yaml file of your own
+settings:   methods=[source,tent] seeds=[0,1]   replaces a list of the file
+            stream.samples=100                  all streams; protocol.delta=0.1 all protocols
+            tent.lr=1e-3 grid.lr=[1e-3,5e-4]    one method; every method that has the key, a row for each value
+example:    tta bench ttab-mini --jobs 2
+            tta table runs/ttab-mini --format latex
+"""
+
+TUNE_HELP = """\
+Run a grid for each method and select hyper-parameters from it: with test labels (marked as oracle), with labels of the validation
+corruptions only, and without labels. If stopped, the same command resumes.
+
+words:      one of `tta list benchmarks` or a .yaml file; or a stream and methods
+settings:   as in `tta bench`; select=[validation,entropy] for these ways of selection, grid.lr=[1e-2,1e-3] for this grid
+ways:       episodic-oracle, online-last (both use test labels), validation, entropy, consistency
+example:    tta tune digits-c source tent sar seeds=[0,1,2] stream.samples=100 --jobs 2
+"""
+
+PLOT_HELP = """\
+Draw results, or the schedule of a stream.
+
+WHAT:       curve (error over the stream), heatmap (method x domain), pareto (error against cost), calibration, grid (learning
+            rate x steps): of RESULTS, folders that `tta run --out` or `tta bench` wrote; or schedule (domains and classes in
+            each batch of a stream)
+words:      for schedule STREAM and settings as in `tta run`; no image is read
+example:    tta plot curve runs/mine -o curve.svg
+            tta plot schedule digits-c protocol=ptta -o ptta.png
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of ``tta``; ``command`` of its result is a key of :data:`COMMANDS`, or None without a command."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(prog="tta", description="Test-time adaptation of vision models.")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            commands.add_parser(
+                name,
+                parents=[common],
+                help=command.line,
+                description=command.description,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
+    return parser
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="STREAM|METHOD|KEY=VALUE")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to write results (default: runs/<date and time>)"
+    )
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME|FILE")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    _many_runs(parser)
+
+
+def _tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="NAME|FILE|STREAM|METHOD|KEY=VALUE")
+    _many_runs(parser)
+
+
+def _many_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write results (default: runs/NAME)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes of this machine (default: 1)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster; auto, or local for one on this machine")
+    parser.add_argument("--format", default="terminal", choices=FORMATS, help="format of the table")
+
+
+def _source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("data", metavar="DATA")
+    parser.add_argument("words", nargs="+", metavar="METHOD|KEY=VALUE")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="where to write the statistics")
+
+
+def _corrupt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC")
+    parser.add_argument("target", type=Path, metavar="DST")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one alone)")
+
+
+def _table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--format", default="terminal", help=", ".join(FORMATS))
+    parser.add_argument(
+        "--metrics",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,...",
+        help="such as ece,nll,forwards",
+    )
+
+
+def _diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "results",
+        nargs=2,
+        type=Path,
+        metavar="RESULT",
+        help="a folder with a result.json, or the file; the second may be published:NAME",
+    )
+
+
+def _plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="WHAT")
+    parser.add_argument("words", nargs="*", metavar="RESULTS|STREAM|KEY=VALUE")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: WHAT.png; .svg and .pdf work too")
+
+
+def _download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts of a data set that is published in several")
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="target folder (default: TTA_DATA, else ./data or a cache)"
+    )
+    parser.add_argument("--trust", action="store_true", help="accept a file without a published checksum")
+    parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking")
+
+
+def _list(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=list(listings.LISTINGS))
+
+
+class Command(NamedTuple):
+    """A sub-command: its line in the list of commands, a function that adds its arguments, and its help text."""
+
+    line: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    description: str | None = None
+
+
+COMMANDS = {
+    "run": Command("run methods on a stream, print the table", _run, RUN_HELP),
+    "bench": Command("run a benchmark, resumable, print its table", _bench, BENCH_HELP),
+    "tune": Command("select hyper-parameters, with and without labels", _tune, TUNE_HELP),
+    "source": Command("record the source statistics that methods need", _source, SOURCE_HELP),
+    "corrupt": Command("write a corrupted copy of a folder of images or of CIFAR", _corrupt, CORRUPT_HELP),
+    "table": Command("compare results on disk", _table),
+    "diff": Command("name the fields in which two results differ", _diff),
+    "plot": Command("draw results, or the schedule of a stream", _plot, PLOT_HELP),
+    "download": Command("get published data sets; alone: list them", _download),
+    "list": Command("list methods, streams, models ...", _list),
+}
