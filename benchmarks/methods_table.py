@@ -124,7 +124,7 @@ def _builds(method: str, family: str) -> bool:
 
 
 def source(method: str, family: str) -> str:
-    """What a method must know of the source domain, and the settings that change that."""
+    """Source knowledge that a method needs, and the settings that change it."""
     model, default = families()[family], config_class(methods.find(method))()
 
     def needs(**change: Any) -> list[Any]:
@@ -220,7 +220,7 @@ def measured(method: str, built: list[str]) -> dict[str, Any]:
 
 
 def batch_size(method: str, built: list[str]) -> str:
-    """What :func:`_batched` finds, for each kind of model where they differ."""
+    """The finding of :func:`_batched`, one for each kind of model where they differ."""
     found = {family: _batched(method, family) for family in built if family != "GroupNorm"}  # not trained with it
     texts = list(found.values())
     return texts[0] if len(set(texts)) == 1 else "; ".join(f"{family}: {text}" for family, text in found.items())

@@ -83,7 +83,7 @@ def test_wheel_runs_away_from_the_source_tree(wheel: Path, tmp_path: Path) -> No
     elsewhere.mkdir()
     install = ["install", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", "--quiet", *install], check=True)
-    where = "import sys, tta.methods, tta.datasets, tta.configs; print(*(m.__file__ for m in map(sys.modules.get, {})))"
+    where = "from importlib import import_module as load; print(*(load(name).__file__ for name in {}))"
     packages = PYPROJECT["tool"]["setuptools"]["packages"]
 
     def python(*arguments: str) -> list[str]:
