@@ -231,6 +231,18 @@ def test_online_module_in_a_trainer_of_ones_own(cnn, golden_images, golden_label
     assert torch.equal(torch.cat(trainer.predict(OnlineModule(tta.adapt(cnn, "tent")), images_alone)), expected)
 
 
+def test_online_module_finishes_an_unfinished_loader_and_checks_the_classes(cnn, tmp_path):
+    stream = tta.stream("digits-c", corruptions=["fog", "snow"], samples=40, batch_size=20)
+    loader = stream.loader(unfinished=True)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    counts = []
+    module = OnlineModule(tta.adapt(cnn, "tent"), finish=stream.finish, check_logits=counts.append)
+    trainer.test(module, loader, verbose=False)
+    expected = tta.evaluate(tta.adapt(cnn, "tent"), stream, progress=False).predictions.prediction
+    assert module.predictions().prediction.tolist() == expected.tolist()
+    assert counts == [10]
+
+
 class Classifier(pl.LightningModule):
     """A LightningModule as its owner wrote it."""
 
