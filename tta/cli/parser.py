@@ -9,7 +9,7 @@ from tta.cli import listings
 from tta.report.tables import FORMATS
 
 RUN_HELP = """\
-Run methods on a stream, print the table, write the results. `tta run` alone is the embedded demo.
+Run methods on a stream, print the table, write the results. `tta run` alone is a quick demo.
 
 words:      the stream (digits-c), methods (source norm tent ...), and settings key=value, in any order
 settings:   lr=1e-3            every method named that has the key
