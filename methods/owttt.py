@@ -28,6 +28,7 @@ class OWTTTConfig(OptimizerConfig):
         max_prototypes: number of prototypes of unknown classes kept, the newest.
         gradients: ``"exact"``, or as in the ``"released"`` code: those of the classification are taken after the
             alignment has moved the BatchNorm statistics that they depend on.
+        source_batch_size: source images per batch; it does not change the statistics.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"

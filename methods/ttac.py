@@ -30,6 +30,7 @@ class TTACConfig(OptimizerConfig):
         queue_passes: passes over the queue after each batch. Classes are aligned only in the second half of these.
         queue_batch_size: images of the queue per step.
         queue_tolerance: how far the top probability of an image may fall before its class is distrusted.
+        source_batch_size: source images per batch; it does not change the statistics.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
