@@ -2,15 +2,17 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tta import config
+from tta import config, fingerprint, saving
 from tta.adapter import Adapter, Config, config_class
 from tta.messages import nearest
+from tta.modules import unwrap
 from tta.source import Need, SourceLike
 
 ENTRY_POINTS = "tta.methods"
@@ -94,7 +96,46 @@ def adapt(
     """
     kind, settings = _configured(method, preset, hparams)
     adapter = kind(model, settings, source=source, copy=copy)
+    adapter.method = name_of(kind)
     adapter.preset = preset if isinstance(preset, str) else None
+    return adapter
+
+
+def load(
+    path: str | Path, model: nn.Module, method: type[Adapter] | None = None, *, strict: bool = True, **hparams: Any
+) -> Adapter:
+    """An adapter around a model as :meth:`tta.Adapter.save` wrote it: it goes on as if it had never stopped.
+
+    Args:
+        path: the file.
+        model: the source model, with the weights that the adapter was built on.
+        method: the class, if it is one of your own.
+        strict: ``False`` takes other source weights too, with a warning.
+        hparams: settings that a file cannot hold, such as a callable ``augment``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else or is damaged, or the weights are others; the message says what differs.
+
+    Example:
+        >>> import tempfile, torch, tta
+        >>> adapter = tta.adapt(tta.load_model("digits-cnn"), "tent")
+        >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
+        >>> adapter.save(path)
+        >>> tta.load(path, tta.load_model("digits-cnn")).method
+        'tent'
+    """
+    state, header, statistics = saving.read(path)
+    kind = method or find(header["method"])
+    known = [field.name for field in fields(config_class(kind))]
+    settings = {**saving.plain_settings(header["config"], dict.fromkeys(known)), **hparams}
+    if statistics is not None and not strict:
+        statistics = replace(statistics, model=fingerprint.of_model(unwrap(model)))
+    adapter = adapt(model, kind, source=statistics, **settings)
+    try:
+        adapter.load_state_dict(state, strict=strict)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"'{path}' does not fit this model: {error}") from error
     return adapter
 
 

@@ -17,9 +17,9 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 # Building blocks: flat files, one idea each, that may use one another.
 BLOCKS = (
     "tta.messages tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
-    "tta.modules tta.hyperparameters tta.optimizers"
+    "tta.modules tta.hyperparameters tta.optimizers tta.inputs tta.snapshots tta.locks"
 )
-ADAPTER = f"{BLOCKS} tta.adapter tta.source"
+ADAPTER = f"{BLOCKS} tta.adapter tta.saving tta.source"
 
 # room -> what its modules may import besides the standard library and the room itself. A room is a folder or a file;
 # nothing imports a room below it in this table, and nothing imports `tta` but as a user would.
@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "tta.allocator": "",
     "tta.models": f"torch timm torchvision transformers safetensors tta.paths {BLOCKS}",
     "tta.source": f"torch safetensors {BLOCKS}",
-    "tta.adapter": f"torch tta.source {BLOCKS}",
+    "tta.saving": f"torch safetensors tta.source {BLOCKS}",
+    "tta.adapter": f"torch tta.source tta.saving {BLOCKS}",
     "tta.configs": "",
-    "tta.config": "omegaconf yaml tta.configs tta.messages tta.adapter",
+    "tta.config": "omegaconf yaml tta.configs tta.hyperparameters tta.messages tta.adapter",
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
     "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
     "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tta.benchmark import bench, tune
     from tta.datasets.catalog import stream
     from tta.engine import evaluate
-    from tta.methods import adapt
+    from tta.methods import adapt, load
     from tta.methods import available as list_methods
     from tta.models import load_model, preflight
     from tta.report import compare
@@ -32,6 +32,7 @@ _HOME = {
     "compare": ("tta.report", "compare"),
     "evaluate": ("tta.engine", "evaluate"),
     "list_methods": ("tta.methods", "available"),
+    "load": ("tta.methods", "load"),
     "load_model": ("tta.models", "load_model"),
     "preflight": ("tta.models", "preflight"),
     "stream": ("tta.datasets.catalog", "stream"),
@@ -51,6 +52,7 @@ __all__ = [
     "compare",
     "evaluate",
     "list_methods",
+    "load",
     "load_model",
     "preflight",
     "stream",

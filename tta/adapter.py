@@ -3,9 +3,13 @@
 import copy
 import json
 import math
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
@@ -13,13 +17,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from tta import channels_last, fingerprint, modules, optimizers
+from tta import channels_last, fingerprint, inputs, modules, optimizers, saving
 from tta.functional import logits_of
-from tta.hyperparameters import Config, OptimizerConfig
+from tta.hyperparameters import Config, OptimizerConfig, as_dict
+from tta.locks import ModuleLock
 from tta.messages import require
-from tta.source import BATCH_SIZE, EXPECTED, Known, Need, SourceLike, known_from
+from tta.snapshots import Snapshot, put_back
+from tta.source import BATCH_SIZE, EXPECTED, Known, Need, SourceLike, SourceStatistics, known_from
 
-__all__ = ["Adapter", "Config", "OptimizerConfig", "Output", "config_class", "require"]
+__all__ = ["Adapter", "Config", "OptimizerConfig", "Output", "Progress", "config_class", "require"]
+
+KEEP_EVERY = 100  # batches between two snapshots that a model with logits that are not finite goes back to
+SILENT = 50  # batches without a single update, after which a warning says so
+FORMAT = 2  # of saved states
+# Places in the adapter's counters. BAD and LOST count only until they are reported.
+SKIPPED, BAD, MADE, FILTERED, LOST, BATCHES, RECOVERIES = range(7)
 
 
 class Output(NamedTuple):
@@ -29,13 +41,32 @@ class Output(NamedTuple):
     outlier_score: Tensor | None = None
 
 
+class Progress(NamedTuple):
+    """Counts since the source model.
+
+    Attributes:
+        batches: that were learned from; those predicted while paused do not count.
+        updates: optimizer steps made.
+        filtered: steps left out because a filter let no sample of the batch through.
+        skipped: steps left out because the loss or a gradient was not finite.
+        recoveries: times that logits were not finite and the adapter went back to its last good state.
+    """
+
+    batches: int
+    updates: int
+    filtered: int
+    skipped: int
+    recoveries: int
+
+
 class Adapter(nn.Module):
     """A source classifier that adapts to the stream it predicts: ``logits = adapter(x)`` predicts *and* learns.
 
     A method overrides :meth:`configure_model` and :meth:`adapt`, at times :meth:`parameters_to_adapt` and
     :meth:`predict`, and names its hyper-parameters with the annotation ``config: MyConfig``. The adapter defends
     itself, so that any loop may drive it: under ``no_grad`` or ``inference_mode``, after ``train()`` or ``eval()``, under
-    autocast, with a batch that makes the loss infinite.
+    autocast, from several threads, with a batch that makes the loss infinite. A batch that is refused leaves the state as it
+    was. Logits that are not finite send the adapter back to its last good state, at most 100 batches old.
 
     Args:
         model: any module that maps images (batch, channels, height, width) to logits (batch, classes), or to an object
@@ -51,18 +82,20 @@ class Adapter(nn.Module):
 
     config: Config
     optimizer: torch.optim.Optimizer | None  # None for a method without a gradient
+    method: str  # name of the method, as in tables; of a user's own the class name
     preset: str | None = None  # name of the published settings that it was built with, for the manifest
     scored_forward: str = "before"  # whether the returned logits are from before the batch's update or "after" it
     _FUSED_ON: ClassVar[tuple[str, ...]] = ("cuda",)
     _CHECKED_AT_ONCE: ClassVar[tuple[str, ...]] = ("cpu",)  # devices where a bad batch is refused before the forward
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors
-    _counters: Tensor  # updates skipped, non-finite batches not yet reported
+    _counters: Tensor  # on the adapter's device, see SKIPPED to RECOVERIES
 
     def __init__(
         self, model: nn.Module, config: Config | None = None, *, source: SourceLike | None = None, copy: bool = True
     ) -> None:
         super().__init__()
         self.config = config if config is not None else config_class(type(self))()
+        self.method = type(self).__name__
         if isinstance(model, Adapter):
             raise TypeError(f"The model is an adapter already ({type(model).__name__}). Pass its source model.")
         with torch.inference_mode(False), torch.enable_grad():
@@ -74,12 +107,20 @@ class Adapter(nn.Module):
                 self.model.to(memory_format=torch.channels_last)
             self.generator = torch.Generator()
             device = next((parameter.device for parameter in self.model.parameters()), None)
-            self.register_buffer("_counters", torch.zeros(2, dtype=torch.int64, device=device))
-            self._counters_seen = torch.zeros(2, dtype=torch.int64)  # a GPU's counters, copied without waiting for it
+            self.register_buffer("_counters", torch.zeros(RECOVERIES + 1, dtype=torch.int64, device=device))
+            self._counters_seen = torch.zeros_like(
+                self._counters, device="cpu"
+            )  # a GPU's, copied without waiting for it
             self._input_is_finite: Tensor | None = None
-            self._paused = False
-            self._warned = False
+            self._lock = ModuleLock()
+            self._paused_in: Counter[int] = Counter()  # threads, and how many contexts each is in
+            self._warned: set[str] = set()
+            self._good_batches = 0
+            self._accepted: set[tuple[Any, ...]] = set()  # shapes and precisions of batches that went through
+            self._kept: Snapshot | None = None  # last good state; None for the source
+            self._dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
             self.source_statistics: list[dict[str, Any]] = []  # description of the statistics used, for the manifest
+            self.statistics: SourceStatistics | None = None
             self.known = self._look_up(source)  # one entry per need; configure_model copies them into buffers
             self.configure_model()
             # Memories are created on the CPU, even if the model is on a GPU.
@@ -90,6 +131,7 @@ class Adapter(nn.Module):
                 slot.name: None if slot.value is None else slot.value.detach().clone() for slot in modules.slots(self)
             }
             self.generator.manual_seed(0)
+            self._warn_of_short_weights()
 
     # ------------------------------------------------------------------ what a method defines
 
@@ -133,6 +175,9 @@ class Adapter(nn.Module):
 
         Returns:
             Whether the step was made, a boolean scalar on the loss's device.
+
+        Raises:
+            ValueError: no gradient reaches a parameter, so that nothing would ever be learned.
         """
         optimizer = self.optimizer
         assert optimizer is not None, "update() needs parameters to adapt and a config that extends OptimizerConfig"
@@ -143,17 +188,22 @@ class Adapter(nn.Module):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
         elif when is not None and when.device.type == "cpu" and not when:
+            self._counters[FILTERED] += 1
             return made  # on a CPU the flag is known without waiting, and the backward pass is saved
         elif loss.requires_grad:
             with torch.autocast(loss.device.type, enabled=False):  # see functional.gradients_of
                 loss.backward()  # type: ignore[no-untyped-call]
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if present:
-            finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()
-            finite = finite & self.input_finite
-            made = finite if when is None else finite & when
-            optimizers.step(optimizer, when=made)
-            self._counters[0] += ~finite
+        if not present:
+            raise ValueError(self._no_gradient())
+        finite = loss.detach().isfinite().all() & get_total_norm(present).isfinite()
+        finite = finite & self.input_finite
+        made = finite if when is None else finite & when
+        optimizers.step(optimizer, when=made)
+        self._counters[SKIPPED] += ~finite
+        self._counters[MADE] += made
+        if when is not None:
+            self._counters[FILTERED] += finite & ~when
         optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # a second forward under autocast would otherwise use the weights before the step
         return made
@@ -234,52 +284,46 @@ class Adapter(nn.Module):
             ValueError: ``x`` is not a finite floating-point batch (batch, channels, height, width). On a GPU the
                 finiteness is read a batch later, so as not to wait for the device; the bad batch teaches nothing.
         """
-        with torch.inference_mode(False), torch.enable_grad():
+        with self._lock, torch.inference_mode(False), torch.enable_grad():
             x = self._checked(x)
             # torch 2.6 would reuse, without a gradient, the casts of weights that a prediction under no_grad has cached.
             torch.clear_autocast_cache()
-            try:
-                if self._paused:
-                    with torch.no_grad():
-                        result: Tensor | Output = self.predict(x)
-                else:
-                    result = self.adapt(x)
-            except ValueError as error:
-                if "more than 1 value per channel" in str(error):
-                    raise ValueError(
-                        f"A batch of {len(x)} gives a BatchNorm layer a single value per channel, which has no "
-                        f"variance, so '{type(self).__name__}' cannot normalise by it. Use larger batches, or a method "
-                        "that keeps source statistics (norm with alpha below 1)."
-                    ) from error
-                raise
-        output = result if isinstance(result, Output) else Output(result)
+            if self._paused_in[threading.get_ident()]:
+                with torch.no_grad():
+                    result: Tensor | Output = self._explained(self.predict, x)
+            else:
+                result = self._finite(self._learned(x), x)
+            output = result if isinstance(result, Output) else Output(result)
+            self._read_counters()
         score = output.outlier_score
-        self._read_counters()
         return Output(output.logits.detach().float(), None if score is None else score.detach().float())
 
     @contextmanager
     def paused(self) -> Iterator["Adapter"]:
-        """Within this context the adapter predicts and learns nothing."""
-        before, self._paused = self._paused, True
+        """Within this context the adapter predicts and learns nothing; other threads are not concerned."""
+        thread = threading.get_ident()
+        self._paused_in[thread] += 1
         try:
             yield self
         finally:
-            self._paused = before
+            self._paused_in[thread] -= 1
 
     def reset(self) -> None:
         """Go back to the source model, bit for bit: weights, buffers, optimizer, memories, counters, random state."""
-        with torch.inference_mode(False), torch.no_grad():
-            for slot in modules.slots(self):
-                source = self._source[slot.name]
-                if source is None or slot.value is None or slot.value.shape != source.shape:
-                    slot.fill(None if source is None else source.clone())
-                else:
-                    slot.value.copy_(source)
-        self.restart_optimizer()
-        self.generator.manual_seed(0)
-        self._input_is_finite = None
-        self._counters_seen.zero_()
-        torch.clear_autocast_cache()
+        with self._lock, torch.inference_mode(False):
+            put_back(self, self._source)
+            self.restart_optimizer()
+            self.generator.manual_seed(0)
+            self._input_is_finite = None
+            self._counters_seen.zero_()
+            self._good_batches = 0
+            self._kept = None
+            torch.clear_autocast_cache()
+
+    def progress(self) -> Progress:
+        """Counts of batches, updates made and left out, and recoveries since the source model; waits for a GPU."""
+        counters = self._counters.tolist()
+        return Progress(*(counters[place] for place in (BATCHES, MADE, FILTERED, SKIPPED, RECOVERIES)))
 
     @property
     def device(self) -> torch.device:
@@ -289,7 +333,7 @@ class Adapter(nn.Module):
     @property
     def skipped_updates(self) -> int:
         """Optimizer steps skipped so far because the loss or a gradient was not finite."""
-        return int(self._counters[0])
+        return int(self._counters[SKIPPED])
 
     def train(self, mode: bool = True) -> "Adapter":
         """Set the adapter's own flag only: the modes of the model's layers are chosen in :meth:`configure_model`."""
@@ -304,6 +348,10 @@ class Adapter(nn.Module):
         Tied weights appear once. The values that are not tensors are one small JSON text, stored as bytes (uint8) under
         ``adapter_state``. Tensors are copies: adapting further does not change a saved state.
         """
+        with self._lock:  # a state between two steps of another thread
+            return self._state(*args, **kwargs)
+
+    def _state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         for alias in modules.aliases(self):
@@ -316,13 +364,57 @@ class Adapter(nn.Module):
         for key in [key for key in state if key.startswith(prefix)]:
             state[key] = state[key].detach().clone(memory_format=torch.contiguous_format)
         state[prefix + "generator"] = self.generator.get_state()
-        text = json.dumps({"method": type(self).__name__, "format": 1, "optimizer": numbers})
-        state[prefix + self._STATE] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        header = {"class": type(self).__name__, **self.identity(), "optimizer": numbers}
+        state[prefix + self._STATE] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
         return state
+
+    def identity(self) -> dict[str, Any]:
+        """Facts that a saved state must share with the adapter that loads it, and the versions that wrote it."""
+        return {
+            "format": FORMAT,
+            "version": metadata.version("tta-toolkit"),
+            "method": self.method,
+            "config": as_dict(self.config),
+            "weights": self.source_fingerprint,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state of :meth:`state_dict`, whole or not at all.
+
+        Args:
+            state_dict: of an adapter with the same method, settings and source weights.
+            strict: ``False`` loads a state of other settings or source weights too, with a warning.
+            assign: must be ``False``: values are copied into the adapter's own tensors.
+
+        Raises:
+            ValueError: not the state of an adapter, or of another one; the message says what differs.
+            RuntimeError: tensors that are missing, unknown or of another shape, as of any module.
+        """
+        if assign:
+            raise ValueError("assign=True would replace the tensors that the optimizer changes; leave it out.")
+        with self._lock, torch.inference_mode(False):
+            before = Snapshot.of(self, self.optimizer, self.generator)
+            try:
+                return super().load_state_dict(state_dict, strict=strict)
+            except Exception:
+                self._put_back(before)
+                raise
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to one safetensors file, whole or not at all; :func:`tta.load` makes an adapter of it.
+
+        The file holds what :meth:`state_dict` gives, and the source statistics that the method was built with, so that
+        loading needs no source images. It is written beside, flushed to disk, and renamed.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        saving.write(path, self.state_dict(), self.statistics)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the adapter's own entries out of ``state_dict``, then load the rest as any module does."""
-        header = self._header(state_dict, prefix)
+        header = self._header(state_dict, prefix, strict=bool(args[1]) if len(args) > 1 else True)
+        self._kept, self._good_batches = None, 0
         self.generator.set_state(state_dict.pop(prefix + "generator").cpu())
         self._load_moments(state_dict, prefix + "optimizer.", header["optimizer"])
         for alias, name in modules.aliases(self).items():
@@ -334,11 +426,12 @@ class Adapter(nn.Module):
                 slot.fill(None if bank is None else torch.empty_like(bank, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _header(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    def _header(self, state_dict: dict[str, Any], prefix: str, *, strict: bool) -> dict[str, Any]:
         """Take the JSON part out of a state, and check it.
 
         Raises:
-            ValueError: the state is not one of an adapter, of this method, and of these parameters.
+            ValueError: the state is not one of an adapter, of this method, and of these parameters; or, if ``strict``,
+                of these settings and source weights.
         """
         if prefix + self._STATE not in state_dict:
             raise ValueError(
@@ -346,8 +439,14 @@ class Adapter(nn.Module):
                 "the source model, load them into the model before adapting it."
             )
         header: dict[str, Any] = json.loads(bytes(state_dict.pop(prefix + self._STATE).cpu().tolist()))
-        if header["method"] != type(self).__name__:
-            raise ValueError(f"The state is of a '{header['method']}' adapter; this one is a '{type(self).__name__}'.")
+        kind = header.get("class", header["method"])
+        if kind != type(self).__name__:
+            raise ValueError(f"The state is of a '{kind}' adapter; this one is a '{type(self).__name__}'.")
+        if differences := saving.differences(header, self.identity()):
+            text = f"The state was saved by another adapter: {'; '.join(differences)}."
+            if strict:
+                raise ValueError(f"{text} Build the adapter alike, or load with strict=False.")
+            warnings.warn(f"{text} It is loaded all the same.", RuntimeWarning, stacklevel=2)
         saved, own = len(header["optimizer"]), len(self.optimized_parameters())
         if saved != own:
             raise ValueError(
@@ -404,47 +503,141 @@ class Adapter(nn.Module):
             )
         batch_size = getattr(self.config, "source_batch_size", BATCH_SIZE)
         statistics = known_from(source, self.model, self.source_fingerprint, needs, batch_size)
-        self.source_statistics = statistics.describe()
+        self.source_statistics, self.statistics = statistics.describe(), statistics
         return [{name: v.to(self.device) for name, v in entry.known.items()} for entry in statistics.entries]
 
     def _checked(self, x: Tensor) -> Tensor:
-        """The batch in the memory format of the model; a ValueError unless it is a finite batch of images."""
-        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point() or len(x) == 0:
-            given = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"Expected a floating-point batch of images (batch, channels, height, width) with values in [0, 1]; "
-                f"got {given}. For uint8 images pass x.float() / 255."
-            )
+        """The batch in the memory format of the model, apart from the user's graph; a ValueError unless it is fit."""
+        inputs.check(x, self.device, self._dtype)
+        x = x.clone() if x.is_inference() else x.detach()
         if x.device.type in self._CHECKED_AT_ONCE:
             # If an image is not finite, neither is the sum, at a tenth of the cost. Huge values overflow it too: count.
             bad = 0 if math.isfinite(x.sum()) else int((~x.isfinite()).flatten(1).any(1).sum())
             if bad:
                 raise ValueError(f"{bad} of the {len(x)} images hold NaN or infinite values. Nothing was learned.")
         else:
-            if self._counters_seen[1] > 0:
-                self._counters[1] = 0
+            if self._counters_seen[LOST] > 0:  # read about a batch late
+                self._counters[LOST] = 0
+                self._go_back()
+            if self._counters_seen[BAD] > 0:
+                self._counters[BAD] = 0
                 self._counters_seen.zero_()
                 raise ValueError("An earlier batch held NaN or infinite values. Nothing was learned from it.")
             self._input_is_finite = x.isfinite().all()
-            self._counters[1] += ~self._input_is_finite
-        x = x.clone() if x.is_inference() else x
+            self._counters[BAD] += ~self._input_is_finite
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
+    def _learned(self, x: Tensor) -> Output:
+        """Output of :meth:`adapt`. If the first batch of its shape fails, the state is as before it."""
+        kind = (x.shape, x.dtype)
+        before = None if kind in self._accepted else Snapshot.of(self, self.optimizer, self.generator)
+        try:
+            result = self._explained(self.adapt, x)
+        except Exception:
+            if before is not None:
+                self._put_back(before)
+            raise
+        self._accepted.add(kind)
+        self._counters[BATCHES] += 1
+        return result if isinstance(result, Output) else Output(result)
+
+    def _explained(self, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        try:
+            return run(x)
+        except Exception as error:
+            if "does not require grad" in str(error):
+                raise ValueError(self._no_gradient()) from error
+            explained = inputs.explained(error, x, type(self).__name__)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def _finite(self, output: Output, x: Tensor) -> Output:
+        """The output; if its logits are not finite, that of the last good state, which the adapter has gone back to.
+
+        Minus infinity is finite here: it is the logarithm of a probability of 0.
+        """
+        finite = (output.logits < math.inf).all()
+        if x.device.type not in self._CHECKED_AT_ONCE:
+            self._counters[LOST] += ~finite & self.input_finite
+        elif not finite:
+            self._go_back()
+            with torch.no_grad():
+                return Output(self.predict(x), output.outlier_score)
+        self._good_batches += 1
+        if self._good_batches % KEEP_EVERY == 0 and self.optimizer is not None:
+            self._kept = Snapshot.of(self, self.optimizer, self.generator)
+        return output
+
+    def _go_back(self) -> None:
+        """Return to the last good state; the next time to the source, unless another hundred batches were good."""
+        kept, counters = self._kept, self._counters.clone()
+        if kept is None:
+            self.reset()
+        else:
+            self._put_back(kept)
+        self._counters.copy_(counters)
+        self._counters[RECOVERIES] += 1
+        self._good_batches, self._kept = 0, None
+        self._warn(
+            "lost",
+            "logits were not finite; the adapter went back to "
+            + ("the source model" if kept is None else f"its state of at most {KEEP_EVERY} batches before")
+            + ". adapter.progress() counts this. A lower learning rate or larger batches usually help.",
+        )
+
+    def _put_back(self, state: Snapshot) -> None:
+        put_back(self, state.tensors)
+        self.restart_optimizer()
+        optimizers.set_moments(self.optimizer, [dict(values) for values in state.moments])
+        self.generator.set_state(state.generator)
+        torch.clear_autocast_cache()
+
     def _read_counters(self) -> None:
-        """Warn once of skipped updates; the counters of a GPU arrive about a batch late, as nothing waits for them."""
+        """Warn once of updates left out; the counters of a GPU arrive about a batch late, as nothing waits for them."""
         if self.optimizer is None and self.device.type in self._CHECKED_AT_ONCE:
             return  # nothing can have been counted
         if self._counters.is_cuda and not self._counters_seen.is_pinned():
             self._counters_seen = self._counters_seen.pin_memory()
         self._counters_seen.copy_(self._counters, non_blocking=True)
-        if self._counters_seen[0] > 0 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__}: an update with a non-finite loss or gradient was skipped; the weights are as "
-                "before it. adapter.skipped_updates counts them. A lower learning rate usually helps.",
-                RuntimeWarning,
-                stacklevel=3,
+        if self._counters_seen[SKIPPED] > 0:
+            self._warn(
+                "skipped",
+                "an update with a non-finite loss or gradient was skipped; the weights are as before it. "
+                "adapter.skipped_updates counts them. A lower learning rate usually helps.",
             )
+        seen = self._counters_seen
+        if seen[FILTERED] > 0 and seen[BATCHES] >= SILENT and seen[MADE] == 0:
+            self._warn(
+                "silent",
+                f"no update in {int(seen[BATCHES])} batches: the filter let no sample through, so nothing was learned. "
+                "adapter.progress() counts them. Check the thresholds, and that the model gives logits.",
+            )
+
+    def _warn(self, about: str, text: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(f"{type(self).__name__}: {text}", RuntimeWarning, stacklevel=4)
+
+    def _warn_of_short_weights(self) -> None:
+        """Say that 16-bit weights do not learn: between 1 and 2 bfloat16 has steps of 0.0078, float16 of 0.00098."""
+        short = {p.dtype for p in self.optimized_parameters() if p.is_floating_point() and p.element_size() < 4}
+        if short and isinstance(self.config, OptimizerConfig):
+            kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in short))
+            coarsest = max(torch.finfo(kind).eps for kind in short)
+            self._warn(
+                "short",
+                f"the weights that adapt are {kinds}, whose steps near 1 are {coarsest:.1g}: updates of lr="
+                f"{self.config.lr:g} round away. Pass model.float(), with precision bf16-mixed for speed.",
+            )
+
+    def _no_gradient(self) -> str:
+        return (
+            f"{type(self).__name__} would never learn: no gradient goes from its loss to the "
+            f"{len(self.optimized_parameters())} parameters that it adapts. The forward of {type(self.model).__name__} may "
+            "run under torch.no_grad(), detach features, leave torch, or be quantised. Pass a model that lets gradients "
+            "through, or use a method without them (norm, lame, t3a)."
+        )
 
 
 def config_class(method: type[Adapter]) -> type[Config]:

@@ -9,6 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tta.hyperparameters import as_dict as as_dict  # explicit, likewise
 from tta.messages import nearest as nearest  # explicit: others call it as config.nearest
 
 C = TypeVar("C")
@@ -38,6 +39,7 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
                     + (f"There are: {', '.join(names)}." if names else "It has no keys.")
                 )
             given[key] = value
+    given = {key: _number(value) for key, value in given.items()}
     plain = {key: value for key, value in given.items() if isinstance(value, PLAIN)}
     objects = {key: value for key, value in given.items() if key not in plain}
     try:
@@ -47,6 +49,12 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
         where = f" (key '{culprit}')" if culprit else ""
         raise ConfigError(f"{kind.__name__}: {str(error).splitlines()[0]}{where}") from None
     return dataclasses.replace(config, **objects) if objects else config  # type: ignore[type-var]
+
+
+def _number(value: Any) -> Any:
+    """A NumPy or torch scalar as a Python number; anything else as it is."""
+    is_scalar = type(value) not in PLAIN and getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if is_scalar else value
 
 
 def _merge(kind: type[C], values: Mapping[str, Any]) -> C:
@@ -59,17 +67,6 @@ def _fits(kind: type[Any], key: str, value: Any) -> bool:
     except OmegaConfBaseException:
         return False
     return True
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values; objects without a plain form appear as their ``repr``."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
 
 
 def parse(text: str) -> Any:

@@ -1,7 +1,9 @@
 """Hyper-parameters: the dataclasses that every method's own extend."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tta.messages import require
 
@@ -35,8 +37,19 @@ class OptimizerConfig(Config):
 
     def __post_init__(self) -> None:
         require(self.optimizer in ("adam", "sgd", "adamw"), f"optimizer={self.optimizer!r}", "'adam', 'sgd' or 'adamw'")
-        require(self.lr > 0, f"lr={self.lr}", "a learning rate above 0")
+        require(0 < self.lr < math.inf, f"lr={self.lr}", "a learning rate above 0, and finite")
         require(0 <= self.momentum < 1, f"momentum={self.momentum}", "a value in [0, 1)")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas={self.betas}", "two in [0, 1)")
-        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay}", "a value of 0 or more")
+        require(0 <= self.weight_decay < math.inf, f"weight_decay={self.weight_decay}", "a finite value of 0 or more")
         require(self.steps >= 1, f"steps={self.steps}", "1 or more steps a batch")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values; objects without a plain form appear as their ``repr``."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)

@@ -5,7 +5,7 @@ A method declares a :class:`~tta.source.kinds.Need` for each kind; all share the
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -125,13 +125,29 @@ class SourceStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the tensors, the model's fingerprint and the settings."""
+        tensors, entries = self.tensors()
+        save_file(tensors, path, {"source_statistics": "1", "model": self.model, "entries": entries})
+
+    def tensors(self) -> tuple[dict[str, Tensor], str]:
+        """All tensors under names of their own, and the rest as JSON; :meth:`of_tensors` puts them together again."""
         entries = [{"need": asdict(entry.need), "images": entry.images} for entry in self.entries]
         tensors = {
             f"{number}.{name}": value.cpu().contiguous()
             for number, entry in enumerate(self.entries)
             for name, value in entry.known.items()
         }
-        save_file(tensors, path, {"source_statistics": "1", "model": self.model, "entries": json.dumps(entries)})
+        return tensors, json.dumps(entries)
+
+    @classmethod
+    def of_tensors(cls, model: str, tensors: Mapping[str, Tensor], entries: str) -> "SourceStatistics":
+        """Statistics from the tensors and the JSON that :meth:`tensors` gave, and the model's fingerprint."""
+        found = []
+        for number, entry in enumerate(json.loads(entries)):
+            prefix = f"{number}."
+            need = Need(**{**entry["need"], "layers": tuple(entry["need"]["layers"])})
+            known = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            found.append(Entry(need, entry["images"], known))
+        return cls(model, tuple(found))
 
     @classmethod
     def load(cls, path: str | Path) -> "SourceStatistics":
@@ -153,13 +169,7 @@ class SourceStatistics:
             raise ValueError(f"'{path}' does not hold source statistics ({error}).") from error
         if header.get("source_statistics") != "1":
             raise ValueError(f"'{path}' does not hold source statistics, or was written by another version.")
-        entries = []
-        for number, entry in enumerate(json.loads(header["entries"])):
-            prefix = f"{number}."
-            need = Need(**{**entry["need"], "layers": tuple(entry["need"]["layers"])})
-            known = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            entries.append(Entry(need, entry["images"], known))
-        return cls(header["model"], tuple(entries))
+        return cls.of_tensors(header["model"], tensors, header["entries"])
 
     def _entry(self, need: Need) -> Entry:
         same_kind = [entry for entry in self.entries if entry.need.kind == need.kind]

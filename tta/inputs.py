@@ -1,0 +1,64 @@
+"""Checks of a batch of images, each with a sentence of its own."""
+
+import re
+
+import torch
+from torch import Tensor
+
+IMAGES = "a floating-point batch of images (batch, channels, height, width) with values in [0, 1]"
+CHANNELS = re.compile(r"to have (\d+) channels, but got (\d+) channels")
+
+
+def check(x: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Refuse what is not a batch of images on the adapter's device and in the model's precision.
+
+    Args:
+        x: the batch as a user gave it.
+        device: that of the adapter.
+        dtype: of the model's parameters; None for a model without any.
+
+    Raises:
+        ValueError: says what was given, what was expected and what to do.
+    """
+    if problem := _problem(x, device, dtype):
+        raise ValueError(f"Expected {IMAGES}; got {problem}")
+
+
+def _problem(x: Tensor, device: torch.device, dtype: torch.dtype | None) -> str:
+    if not isinstance(x, Tensor):
+        return f"{type(x).__name__}. Pass a torch.Tensor."
+    given = f"{x.dtype} of shape {tuple(x.shape)}"
+    if x.dim() == 3:
+        return f"{given}. For a single image pass x[None]."
+    if x.dim() != 4:
+        return f"{given}."
+    if len(x) == 0:
+        return f"{given}: an empty batch."
+    if x.numel() == 0:
+        return f"{given}: images without pixels."
+    if x.shape[1] > 4 and x.shape[3] in (1, 3, 4):
+        return f"{given}, which looks like (batch, height, width, channels). Pass x.permute(0, 3, 1, 2)."
+    if not x.is_floating_point():
+        return f"{given}. For uint8 images pass x.float() / 255."
+    if x.device != device:
+        return f"{given} on {x.device}, where the adapter is on {device}. Pass x.to('{device}') or move the adapter."
+    if dtype is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"{given}, where the model's parameters are {dtype}. Pass x.to({dtype})."
+    return ""
+
+
+def explained(error: Exception, x: Tensor, method: str) -> Exception:
+    """The error of a forward as a sentence about the batch, if it comes from the batch; else the error itself."""
+    text = str(error)
+    if "more than 1 value per channel" in text:
+        return ValueError(
+            f"A batch of {len(x)} gives a BatchNorm layer a single value per channel, which has no variance, so "
+            f"'{method}' cannot normalise by it. Use larger batches, or a method that keeps source statistics (norm "
+            "with alpha below 1)."
+        )
+    if found := CHANNELS.search(text):
+        return ValueError(
+            f"Expected {IMAGES}, of {found[1]} channels for this model; got {found[2]} channels, {x.dtype} of shape "
+            f"{tuple(x.shape)}."
+        )
+    return error
