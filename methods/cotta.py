@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta import augment, ema, norms
 from tta.adapter import Adapter, OptimizerConfig, require
@@ -75,6 +75,10 @@ class CoTTA(Adapter):
     def predict(self, x: Tensor) -> Tensor:
         """The teacher's logits on the batch itself, without views."""
         return logits_of(self.teacher(x))
+
+    def predicting_model(self) -> nn.Module:
+        """The teacher."""
+        return self.teacher
 
     def adapt(self, x: Tensor) -> Tensor:
         config = self.config

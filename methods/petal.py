@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tta import augment, ema, norms
 from tta.adapter import Adapter, OptimizerConfig, require
@@ -76,6 +76,10 @@ class PETAL(Adapter):
     def predict(self, x: Tensor) -> Tensor:
         """The teacher's logits on the batch itself, without views."""
         return logits_of(self.teacher(x))
+
+    def predicting_model(self) -> nn.Module:
+        """The teacher."""
+        return self.teacher
 
     def adapt(self, x: Tensor) -> Tensor:
         parameters, source = self.adapted_and_source()

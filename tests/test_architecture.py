@@ -17,7 +17,7 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 # Building blocks: flat files, one idea each, that may use one another.
 BLOCKS = (
     "tta.messages tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
-    "tta.modules tta.hyperparameters tta.optimizers tta.inputs tta.snapshots tta.locks"
+    "tta.modules tta.hyperparameters tta.optimizers tta.inputs tta.snapshots tta.locks tta.export"
 )
 ADAPTER = f"{BLOCKS} tta.adapter tta.saving tta.source"
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from tta import channels_last, fingerprint, inputs, modules, optimizers, saving
+from tta import channels_last, export, fingerprint, inputs, modules, optimizers, saving
 from tta.functional import logits_of
 from tta.hyperparameters import Config, OptimizerConfig, as_dict
 from tta.locks import ModuleLock
@@ -102,6 +102,8 @@ class Adapter(nn.Module):
             self.model = modules.own(modules.unwrap(model), copy)
             self.source_fingerprint = fingerprint.of_model(self.model)
             self.model.eval()
+            self._source_norms = export.stored_statistics(self.model)
+            self._last: Tensor | None = None  # the last batch, for export
             self._channels_last = copy and channels_last.pays(self.model)
             if self._channels_last:
                 self.model.to(memory_format=torch.channels_last)
@@ -117,6 +119,7 @@ class Adapter(nn.Module):
             self._warned: set[str] = set()
             self._good_batches = 0
             self._accepted: set[tuple[Any, ...]] = set()  # shapes and precisions of batches that went through
+            self._strict = True  # whether a state of other settings is refused; torch does not pass it on
             self._kept: Snapshot | None = None  # last good state; None for the source
             self._dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
             self.source_statistics: list[dict[str, Any]] = []  # description of the statistics used, for the manifest
@@ -285,7 +288,7 @@ class Adapter(nn.Module):
                 finiteness is read a batch later, so as not to wait for the device; the bad batch teaches nothing.
         """
         with self._lock, torch.inference_mode(False), torch.enable_grad():
-            x = self._checked(x)
+            x = self._last = self._checked(x)
             # torch 2.6 would reuse, without a gradient, the casts of weights that a prediction under no_grad has cached.
             torch.clear_autocast_cache()
             if self._paused_in[threading.get_ident()]:
@@ -334,6 +337,64 @@ class Adapter(nn.Module):
     def skipped_updates(self) -> int:
         """Optimizer steps skipped so far because the loss or a gradient was not finite."""
         return int(self._counters[SKIPPED])
+
+    def predicting_model(self) -> nn.Module:
+        """The module whose forward alone is :meth:`predict`; a method whose teacher predicts overrides it.
+
+        Raises:
+            ValueError: the prediction is more than the forward of one module.
+        """
+        if type(self).predict is not Adapter.predict:
+            raise ValueError(
+                f"{type(self).__name__} predicts by more than one forward of the model ({type(self).predict.__doc__}), so "
+                "that no plain model predicts the same. Keep the adapter, with adapter.paused() where it must not learn."
+            )
+        return self.model
+
+    def export(self, calibration: Tensor | None = None, *, exact: bool = False) -> nn.Module:
+        """A plain copy of the source model with the adapted weights: its own class and ``state_dict`` keys, frozen.
+
+        BatchNorm layers hold the statistics that the method would use. A method that normalises by the present batch has
+        none to store: those of the calibration images are taken. On these images the copy predicts what the adapter
+        predicts while :meth:`paused`, to rounding. It holds nothing of this toolkit, so that it can be traced and exported.
+
+        Args:
+            calibration: images (batch, channels, height, width) of the domain that the copy is for, more than a few and
+                of all classes; left out, the last batch that the adapter saw.
+            exact: refuse to approximate instead of warning.
+
+        Raises:
+            ValueError: the method predicts by more than a forward of one module, or normalises by the batch and there are
+                no images; with ``exact``, also if the copy's predictions differ from the adapter's.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            model = self.predicting_model()
+            images = self._last if calibration is None else self._checked(calibration)
+            batch_norms = export.needs_images(model)
+            if batch_norms and images is None:
+                raise ValueError(
+                    f"{type(self).__name__} normalises {len(batch_norms)} layers by the present batch, so that they have no "
+                    "statistics to store. Pass calibration=images of the domain that the exported model is for."
+                )
+            statistics = export.batch_statistics(model, images) if batch_norms and images is not None else {}
+            plain = export.plain(model, self._source_norms, statistics)
+            if images is not None:
+                self._compare(plain, images, exact)
+            return plain
+
+    def _compare(self, plain: nn.Module, images: Tensor, exact: bool) -> None:
+        """Warn, or raise, if the plain model does not predict as the adapter does."""
+        own, theirs = self.predict(images), logits_of(plain(images))
+        difference = float((own - theirs).abs().max())
+        if difference > 1e-3 * max(1.0, float(own.abs().max())):  # rounding of other kernels is below 1e-5
+            agreeing = 100 * float((own.argmax(1) == theirs.argmax(1)).float().mean())
+            text = (
+                f"The exported model only comes near to {type(self).__name__}, whose layers do more than a plain model's: on "
+                f"{len(images)} images {agreeing:.0f} % of the predictions agree, logits differ by up to {difference:.2g}."
+            )
+            if exact:
+                raise ValueError(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def train(self, mode: bool = True) -> "Adapter":
         """Set the adapter's own flag only: the modes of the model's layers are chosen in :meth:`configure_model`."""
@@ -393,12 +454,14 @@ class Adapter(nn.Module):
         if assign:
             raise ValueError("assign=True would replace the tensors that the optimizer changes; leave it out.")
         with self._lock, torch.inference_mode(False):
-            before = Snapshot.of(self, self.optimizer, self.generator)
+            before, self._strict = Snapshot.of(self, self.optimizer, self.generator), strict
             try:
                 return super().load_state_dict(state_dict, strict=strict)
             except Exception:
                 self._put_back(before)
                 raise
+            finally:
+                self._strict = True
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file, whole or not at all; :func:`tta.load` makes an adapter of it.
@@ -413,7 +476,7 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the adapter's own entries out of ``state_dict``, then load the rest as any module does."""
-        header = self._header(state_dict, prefix, strict=bool(args[1]) if len(args) > 1 else True)
+        header = self._header(state_dict, prefix)
         self._kept, self._good_batches = None, 0
         self.generator.set_state(state_dict.pop(prefix + "generator").cpu())
         self._load_moments(state_dict, prefix + "optimizer.", header["optimizer"])
@@ -426,12 +489,12 @@ class Adapter(nn.Module):
                 slot.fill(None if bank is None else torch.empty_like(bank, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _header(self, state_dict: dict[str, Any], prefix: str, *, strict: bool) -> dict[str, Any]:
+    def _header(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Take the JSON part out of a state, and check it.
 
         Raises:
-            ValueError: the state is not one of an adapter, of this method, and of these parameters; or, if ``strict``,
-                of these settings and source weights.
+            ValueError: the state is not one of an adapter, of this method, and of these parameters; or, while loading
+                strictly, of these settings and source weights.
         """
         if prefix + self._STATE not in state_dict:
             raise ValueError(
@@ -444,7 +507,7 @@ class Adapter(nn.Module):
             raise ValueError(f"The state is of a '{kind}' adapter; this one is a '{type(self).__name__}'.")
         if differences := saving.differences(header, self.identity()):
             text = f"The state was saved by another adapter: {'; '.join(differences)}."
-            if strict:
+            if self._strict:
                 raise ValueError(f"{text} Build the adapter alike, or load with strict=False.")
             warnings.warn(f"{text} It is loaded all the same.", RuntimeWarning, stacklevel=2)
         saved, own = len(header["optimizer"]), len(self.optimized_parameters())

@@ -27,6 +27,12 @@ def sum_exactly(layer: nn.Module) -> None:
         layer.__class__ = ChannelsLastBatchNorm2d
 
 
+def sum_plainly(layer: nn.Module) -> None:
+    """Turn a :class:`ChannelsLastBatchNorm2d` back into a plain ``nn.BatchNorm2d``, in place."""
+    if type(layer) is ChannelsLastBatchNorm2d:
+        layer.__class__ = nn.BatchNorm2d
+
+
 class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose batch statistics of channels-last images are as exact as those of channels-first images.
 
@@ -37,6 +43,8 @@ class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         one_value = x.numel() == x.shape[1]  # has no variance: nn.BatchNorm2d raises the error
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.stride(1) != 1 or self.weight is None or one_value:
+            return super().forward(x)
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # a traced model holds operations of torch alone
             return super().forward(x)
         out: Tensor = _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
         return out

@@ -155,18 +155,21 @@ class BlendedBatchNorm(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            dims = [d for d in range(x.dim()) if d != 1]
-            # One value per channel has no unbiased variance. Its biased one is 0: the source's share keeps the blend usable.
-            correction = 1 if x.numel() > x.shape[1] else 0
-            batch_var, batch_mean = torch.var_mean(x.float(), dim=dims, correction=correction)
-            running_mean, running_var = self._stored()
-            mean = torch.lerp(running_mean, batch_mean, self.weight)
-            var = torch.lerp(running_var, batch_var, self.weight)
-            if self.remember:
-                self._store(mean, var)
+        mean, var = self.blended(x)
+        if self.remember:
+            self._store(mean, var)
         out: Tensor = functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
         return out
+
+    @torch.no_grad()
+    def blended(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance that this input is normalised by, (channels,) each."""
+        dims = [d for d in range(x.dim()) if d != 1]
+        # One value per channel has no unbiased variance. Its biased one is 0: the source's share keeps the blend usable.
+        correction = 1 if x.numel() > x.shape[1] else 0
+        batch_var, batch_mean = torch.var_mean(x.float(), dim=dims, correction=correction)
+        running_mean, running_var = self._stored()
+        return torch.lerp(running_mean, batch_mean, self.weight), torch.lerp(running_var, batch_var, self.weight)
 
     @torch.no_grad()
     def _store(self, mean: Tensor, var: Tensor) -> None:
