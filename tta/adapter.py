@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from tta import channels_last, fingerprint, modules, optimizers
-from tta.functional import logits_of
+from tta.functional import logits_of, usable
 from tta.hyperparameters import Config, OptimizerConfig
 from tta.messages import require
 from tta.source import BATCH_SIZE, EXPECTED, Known, Need, SourceLike, known_from
@@ -180,9 +180,10 @@ class Adapter(nn.Module):
 
     @property
     def input_finite(self) -> Tensor:
-        """Whether the present batch is finite, a boolean scalar on its device; a condition on it waits for a GPU.
+        """Whether the present batch is :func:`~tta.functional.usable`: nothing of it may be learned or remembered otherwise.
 
-        Always true on the CPU, where a batch that is not finite is refused before :meth:`adapt`.
+        A boolean scalar on its device; a condition on it waits for a GPU. On the CPU a batch that is not finite is refused
+        before :meth:`adapt`, so that it is false for huge values only.
         """
         flag = self._input_is_finite
         return torch.ones((), dtype=torch.bool, device=self.device) if flag is None else flag
@@ -425,8 +426,8 @@ class Adapter(nn.Module):
                 self._counters[1] = 0
                 self._counters_seen.zero_()
                 raise ValueError("An earlier batch held NaN or infinite values. Nothing was learned from it.")
-            self._input_is_finite = x.isfinite().all()
-            self._counters[1] += ~self._input_is_finite
+            self._counters[1] += ~x.isfinite().all()
+        self._input_is_finite = usable(x)
         x = x.clone() if x.is_inference() else x
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 

@@ -294,12 +294,13 @@ class RunningGaussian(nn.Module):
         self.register_buffer("covariance", covariance.clone())
         self.register_buffer("count", torch.full_like(mean[:, 0], count))
 
-    def add(self, features: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, features: Tensor, member: Tensor, when: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Update the moments with a batch of features, unless the result is not finite.
 
         Args:
             features: (batch, width).
             member: (batch, groups), boolean.
+            when: a boolean scalar; if it is false the moments are computed and not kept.
 
         Returns:
             Mean and covariance after the update; gradients flow to these features, not to earlier ones.
@@ -318,6 +319,7 @@ class RunningGaussian(nn.Module):
         mean, covariance = self.mean + shift, self.covariance + rate * (scatter - arrived * self.covariance) - square
         with torch.no_grad():
             good = mean.isfinite().all() & covariance.isfinite().all()
+            good = good if when is None else good & when
             for buffer, value in ((self.mean, mean), (self.covariance, covariance), (self.count, count)):
                 buffer.copy_(torch.where(good, value, buffer))
         return mean, covariance

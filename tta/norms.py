@@ -205,11 +205,11 @@ def by_batch(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_statistics(model: nn.Module) -> Iterator[None]:
+def training_statistics(model: nn.Module, when: Tensor | None = None) -> Iterator[None]:
     """Within this context BatchNorm layers work as in training: normalise by the batch, update the stored statistics.
 
     Each layer keeps its own momentum. Updates that are not finite are undone at the end of the context, because on a GPU
-    a bad batch is reported one batch late. A layer without stored statistics normalises by the batch anyway. Run the
+    a bad batch is reported one batch late; if ``when``, a boolean scalar, is false, so are all. A layer without stored statistics normalises by the batch anyway. Run the
     backward pass of an earlier forward before this context: it reads the stored statistics, which change here.
     """
     layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
@@ -226,6 +226,7 @@ def training_statistics(model: nn.Module) -> Iterator[None]:
             layer.training = mode
             if layer.running_mean is not None and layer.running_var is not None:
                 finite = layer.running_mean.isfinite() & layer.running_var.isfinite()
+                finite = finite if when is None else finite & when
                 for name, value in zip(names, values, strict=True):
                     if value is not None:  # through .data: autograd would refuse to change a tensor it has saved
                         good = finite if value.dim() else finite.all()
@@ -254,6 +255,7 @@ class BlendedBatchNorm(nn.Module):
         self.layer = layer.eval()
         self.weight = weight
         self.remember = False
+        self.remember_when: Tensor | None = None
 
     def train(self, mode: bool = True) -> "BlendedBatchNorm":
         """Do nothing: the wrapped layer uses the statistics it is given in every mode of the model."""
@@ -281,6 +283,7 @@ class BlendedBatchNorm(nn.Module):
         """
         running_mean, running_var = self._stored()
         finite = mean.isfinite() & var.isfinite()
+        finite = finite if self.remember_when is None else finite & self.remember_when
         running_mean.copy_(torch.where(finite, mean, running_mean))
         running_var.copy_(torch.where(finite, var, running_var))
 
@@ -397,13 +400,13 @@ def blend_statistics(
 
 
 @contextmanager
-def remembering(model: nn.Module) -> Iterator[None]:
-    """Within this context every :class:`BlendedBatchNorm` stores the blend it computes."""
+def remembering(model: nn.Module, when: Tensor | None = None) -> Iterator[None]:
+    """Within this context every :class:`BlendedBatchNorm` stores the blend it computes, if ``when``, a boolean scalar, is true."""
     blended = [module for module in model.modules() if isinstance(module, BlendedBatchNorm)]
     for module in blended:
-        module.remember = True
+        module.remember, module.remember_when = True, when
     try:
         yield
     finally:
         for module in blended:
-            module.remember = False
+            module.remember, module.remember_when = False, None
