@@ -55,8 +55,7 @@ def moments_need(
     Raises:
         ValueError: the model has no such layers.
     """
-    norms.layers(model)  # raises an error that says what is missing
-    chosen = taps.select([name for name, _ in norms.named_layers(model)], layers)
+    chosen = taps.select([name for name, _ in norms.present(model)], layers)
     return Need("activation_moments", tuple(chosen), batch_size=batch_size, settings={"position": position})
 
 
@@ -130,6 +129,8 @@ class ActMAD(Adapter):
     def configure_model(self) -> None:
         self.scored_forward = self.config.score
         (need,), (known,) = self.source_needs(self.model, self.config), self.known
+        if self.config.layers is None:
+            norms.warn_of_unknown(self.model)
         self.alignment = ActivationAlignment(need, known)
         self.model.requires_grad_(True)
         parameters = list(self.model.parameters())

@@ -117,7 +117,7 @@ class AdaContrast(Adapter):
     def _learn(self, x: Tensor) -> None:
         config = self.config
         weak, query, key = self._views(x)
-        with norms.training_statistics(self.model):
+        with norms.training_statistics(self.model, when=self.input_finite):
             with torch.no_grad():
                 features, logits = taps.look(self.model, self._head, weak)
                 labels = self._refined(features, logits.softmax(1)).argmax(1)

@@ -27,8 +27,8 @@ class DeYOConfig(OptimizerConfig):
         augment: how objects are destroyed: ``"patch"`` (shuffled patches), ``"pixel"`` (shuffled pixels, the same way in
             each image), ``"occ"`` (the middle covered by the mean colour), or from Python a callable on a batch.
         patch_len: patches along a side.
-        exclude: parts of the names of modules that are not adapted; the default is the top of a ResNet-50 and of a
-            ViT-B, as published.
+        exclude: parts of the names of modules that are not adapted; None for the last quarter of the blocks and the
+            final norm, as published for a ResNet-50 and a ViT-B: see :func:`tta.norms.top`.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "adam"
@@ -39,7 +39,7 @@ class DeYOConfig(OptimizerConfig):
     reweight_plpd: bool = True
     augment: Any = "patch"
     patch_len: int = 4
-    exclude: tuple[str, ...] = norms.TOP
+    exclude: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

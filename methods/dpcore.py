@@ -131,7 +131,7 @@ class DPCore(Adapter):
                 return self.predict(x)
             logits, plain = self._look(x)
             distance = self._distance(plain, self._source_moments)
-            if not distance.isfinite():  # as an element it would spoil every weight from now on
+            if not (distance.isfinite() and self.input_finite):  # as an element it would spoil every weight from now on
                 return logits
         self.optimizer.state.clear()  # the steps on each batch start without momentum
         # The branch decides between 1 and 50 steps: here the host has to wait for the device.

@@ -65,7 +65,7 @@ class EATA(Adapter):
     def source_needs(cls, model: nn.Module, config: EATAConfig) -> list[Need]:
         if not config.fisher_alpha:
             return []
-        layers = tuple(name for name, _ in norms.named_layers(model))
+        layers = tuple(name for name, _ in norms.present(model))
         batch = norms.named_layers(model, norms.BATCH_NORMS)  # without such layers a single source image counts too
         return [Need("fisher", layers, "batch" if batch else "source", batch_size=config.fisher_batch_size)]
 

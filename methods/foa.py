@@ -90,10 +90,12 @@ class FOA(Adapter):
             tried = [self._try(x, candidate) for candidate in candidates]
             fitness = torch.stack([fitness for fitness, _, _ in tried]).double().cpu().nan_to_num(torch.inf)
             best = int(fitness.argmin())
+            mean = torch.stack([mean for _, _, mean in tried]).mean(0)
+            if not mean.isfinite().all():  # it would stay in the moving average for good
+                return tried[best][1]
             if self.config.num_prompts:
                 self.search.tell(candidates.double().flatten(1).cpu(), fitness, injected=1)
             self.prompts.copy_(candidates[best].to(self.prompts))
-            mean = torch.stack([mean for _, _, mean in tried]).mean(0)
             self.test_mean = mean if self.test_mean is None else torch.lerp(self.test_mean, mean, self.config.alpha)
             return tried[best][1]
 

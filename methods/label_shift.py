@@ -91,7 +91,7 @@ class LabelShift(Adapter):
             features, logits = taps.look(self.model, self._head, x)
             # of uncorrected logits: corrected ones would confirm themselves
             moved = torch.lerp(self.stream_prior, logits.softmax(1).mean(0), self.config.rate)
-            self.stream_prior.copy_(torch.where(moved.isfinite().all(), moved, self.stream_prior))
+            self.stream_prior.copy_(torch.where(moved.isfinite().all() & self.input_finite, moved, self.stream_prior))
             return self._corrected(features, logits)
 
     def _corrected(self, features: Tensor, logits: Tensor) -> Tensor:

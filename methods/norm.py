@@ -60,5 +60,5 @@ class Norm(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         if self.config.momentum is None:
             return self.predict(x)
-        with norms.remembering(self.model):
+        with norms.remembering(self.model, when=self.input_finite):
             return self.predict(x)

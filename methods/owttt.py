@@ -165,10 +165,10 @@ class OWTTT(Adapter):
         return (masked_mean(of_known, known_kept) + masked_mean(of_unknown, unknown_kept)) / 2
 
     def _misalignment(self, images: Tensor) -> Tensor:
-        with norms.training_statistics(self.model):
+        with norms.training_statistics(self.model, when=self.input_finite):
             features, _ = taps.look(self.model, self._head, images)
         everyone = torch.ones_like(features[:, :1], dtype=torch.bool)
-        mean, covariance = self.gaussian.add(features, everyone)
+        mean, covariance = self.gaussian.add(features, everyone, when=self.input_finite)
         return symmetric_kl(mean, covariance + self.ridge, self.source_mean, self.source_covariance).sum()
 
     def _expand(self, unit: Tensor, scores: Tensor, to_unknown: Tensor, unknown: Tensor, threshold: Tensor) -> None:

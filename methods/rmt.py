@@ -1,12 +1,13 @@
 """RMT: robust mean teacher."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tta import augment, ema, norms, taps
+from tta import augment, ema, norms, optimizers, taps
 from tta.adapter import Adapter, require
 from tta.functional import logits_of, symmetric_cross_entropy
 from tta.methods._contrast import ContrastConfig, PrototypeContrast, prototypes_need
@@ -48,8 +49,8 @@ class RMT(Adapter):
     All parameters called ``weight`` or ``bias`` adapt; BatchNorm layers normalise by the batch. Scored are the summed
     logits of student and teacher, both from before the step. ``source=`` gives source images for the prototypes. The
     defaults are the paper's variant without source data at test time; ``lambda_ce_src=1 num_samples_warm_up=50000`` is the
-    paper's own, with source images at hand throughout, and labels. The learning rate rises evenly during the warm-up, and
-    a reset goes back to its end; the optimizer's moments start afresh there.
+    paper's own, with source images at hand throughout, and labels. The learning rate rises evenly during the warm-up. The
+    stream begins with the optimizer's moments of its end, as in the released code, and a reset goes back to there.
     """
 
     config: RMTConfig
@@ -75,7 +76,18 @@ class RMT(Adapter):
         self.contrast: PrototypeContrast | None = contrast
         # Not in buffers: the saved state would hold the source images, and the snapshot for a reset a copy of them.
         self._replay = known.get("images")
+        self._warm_moments: list[optimizers.Moments] = []
         self._warm_up()
+
+    def restart_optimizer(self) -> None:
+        """Start a new optimizer, with the moments that the warm-up ended with: the adapter makes one anew for the stream."""
+        super().restart_optimizer()
+        if self._warm_moments:
+            fused, parameters = optimizers.is_fused(self.optimizer), self.optimized_parameters()
+            moments = zip(self._warm_moments, parameters, strict=True)
+            optimizers.set_moments(
+                self.optimizer, [optimizers.placed(values, parameter, fused=fused) for values, parameter in moments]
+            )
 
     def predict(self, x: Tensor) -> Tensor:
         """Sum of the student's and the teacher's logits."""
@@ -115,6 +127,7 @@ class RMT(Adapter):
                 target = logits_of(self.teacher(images))
             made = self.update(symmetric_cross_entropy(logits_of(self.model(images)), target).mean())
             ema.follow(self.teacher, self.model, 1 - self.config.mt_alpha, when=made)
+        self._warm_moments = copy.deepcopy(optimizers.moments(self.optimizer))
 
     def _source_batch(self) -> tuple[Tensor, Tensor]:
         """A batch of source images, drawn at random without repetition, and their labels."""

@@ -22,8 +22,9 @@ class SARConfig(OptimizerConfig):
         reset_constant: when the moving average of the loss falls below this entropy, the model has collapsed and
             recovers; None for the paper's 0.2 of 1000 classes, scaled by ln(classes) / ln(1000).
         rho: radius of the sharpness-aware step.
-        exclude: parts of the names of modules that are not adapted; the default is the top of a ResNet-50 and of a
-            ViT-B, as published. Deeper or differently named networks need their own.
+        exclude: parts of the names of modules that are not adapted (``["blocks.9", "norm"]``); None for the last quarter
+            of the blocks and the final norm, which is what was published for a ResNet-50 and a ViT-B: see
+            :func:`tta.norms.top`.
         recovery: ``"full"`` resets weights, momentum and moving average; ``"weights"`` only the weights, as the
             released code does, which may then recover on several batches in a row.
     """
@@ -32,7 +33,7 @@ class SARConfig(OptimizerConfig):
     margin_e0: float | None = None
     reset_constant: float | None = None
     rho: float = 0.05
-    exclude: tuple[str, ...] = norms.TOP
+    exclude: tuple[str, ...] | None = None
     recovery: Literal["full", "weights"] = "full"
 
     def __post_init__(self) -> None:

@@ -30,7 +30,8 @@ class STAMPConfig(OptimizerConfig):
             in the released code; None for a constant one.
         weights: sum of the weights of the samples: their number, ``"samples"``, or ``"capacity"`` as in the released
             code, which takes larger steps while the memory fills.
-        exclude: parts of the names of modules that are not adapted, as published for ResNets and ViT-B.
+        exclude: parts of the names of modules that are not adapted; None for the last quarter of the blocks and the
+            final norm, as published for ResNets and ViT-B: see :func:`tta.norms.top`.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
@@ -44,7 +45,7 @@ class STAMPConfig(OptimizerConfig):
     rho: float = 0.05
     schedule: int | None = 150
     weights: Literal["samples", "capacity"] = "samples"
-    exclude: tuple[str, ...] = (*norms.TOP, "conv5_x")
+    exclude: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +79,7 @@ class STAMP(Adapter):
         self.memory = memory.ReplayMemory(self.config.capacity)
 
     def adapt(self, x: Tensor) -> Output:
+        self.memory.check(x)
         with torch.no_grad():
             logits = self.predict(x)
             averaged = self._averaged(logits.log_softmax(1), x)

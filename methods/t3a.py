@@ -55,8 +55,8 @@ class T3A(Adapter):
     @torch.no_grad()
     def adapt(self, x: Tensor) -> Tensor:
         features, logits = taps.look(self.model, self._head, x)
-        # One image that is not finite keeps the whole batch out: NaN comes last in the order of entropies.
-        self._remember(features, logits.argmax(1), entropy(logits) + 0 * x.sum())
+        # One bad image keeps the whole batch out: NaN comes last in the order of entropies.
+        self._remember(features, logits.argmax(1), entropy(logits).masked_fill(~self.input_finite, torch.nan))
         return self._scores(features)
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ class TTAC(Adapter):
 
     def _align(self, images: Tensor, slots: Tensor | None = None, by_class: bool = True) -> None:
         """One step; ``slots`` are the places of the images in the queue, if they come from there."""
-        with norms.training_statistics(self.model):
+        with norms.training_statistics(self.model, when=self.input_finite):
             features, logits = taps.look(self.model, self._head, images)
         with torch.no_grad():
             probabilities = logits.softmax(1)
@@ -121,8 +121,9 @@ class TTAC(Adapter):
             sure = confidence > self.config.confidence
             member = sure[:, None] & (labels[:, None] == torch.arange(logits.shape[1], device=labels.device))
         everyone = torch.ones_like(member[:, :1])
-        loss = self._divergence(self.total.add(features, everyone), (self.source_mean, self.source_covariance)).sum()
-        moments = self.classes.add(features, member)
+        total = self.total.add(features, everyone, when=self.input_finite)
+        loss = self._divergence(total, (self.source_mean, self.source_covariance)).sum()
+        moments = self.classes.add(features, member, when=self.input_finite)
         if by_class:
             aligned = (
                 member.any(0) & (self.classes.count >= self.config.min_class_count) & (self.source_class_count > 0)

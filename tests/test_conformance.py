@@ -282,6 +282,20 @@ def test_non_finite_input_found_a_batch_late_has_taught_nothing(make, batches, v
     assert equal_states(adapter.state_dict(), before, but=("_counters", "generator"))  # what was drawn is drawn
 
 
+@pytest.mark.filterwarnings("ignore:.*was skipped:RuntimeWarning")
+@pytest.mark.parametrize("value", [1e30, -1e10])
+@pytest.mark.parametrize("at_once", [True, False], ids=["cpu's way", "gpu's way"])
+def test_huge_pixel_teaches_nothing_and_leaves_nothing(make, batches, value, at_once, monkeypatch):
+    """Finite, but it overflows variances and squared distances: it must not stay in a statistic, a memory or a weight."""
+    monkeypatch.setattr(tta.Adapter, "_CHECKED_AT_ONCE", ("cpu", "cuda") if at_once else ())
+    adapter = make()
+    run(adapter, batches[:2])
+    before = adapter.state_dict()
+    adapter(with_one_pixel(batches[2], value))
+    assert equal_states(adapter.state_dict(), before, but=("_counters", "generator"))
+    assert run(adapter, batches[3:]).isfinite().all()
+
+
 def test_wrong_hyper_parameter_is_named(case, model):
     with pytest.raises(ValueError, match="'no_such_key'"):
         tta.adapt(model, case[0], no_such_key=1)

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import tta
+from tta import optimizers
 from tta.methods._contrast import contrastive, new_projector
+from tta.methods.rmt import RMT
 
 
 @pytest.fixture
@@ -203,6 +205,30 @@ def test_warm_up_is_agreement_on_source_images_at_a_rising_rate(cnn, golden_sour
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert any(not torch.equal(a, b) for a, b in zip(adapter.model.parameters(), cnn.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_stream_begins_with_the_moments_of_the_warm_up(cnn, golden_source, batches, optimizer, monkeypatch):
+    """The released code has one optimizer for both: warm-up and stream are one run of it."""
+    settings = {"optimizer": optimizer, "lr": 0.01, "lambda_cont": 0.0, "source_batch_size": 16, "augment": "none"}
+    images = (golden_source[:16] * 255).round() / 255
+    made, restart = [], RMT.restart_optimizer
+    monkeypatch.setattr(RMT, "restart_optimizer", lambda self: (restart(self), made.append(self.optimizer))[0])
+    adapter = tta.adapt(cnn, "rmt", source=images, num_samples_warm_up=48, **settings)
+    of_warm_up, of_stream = (optimizers.moments(one) for one in made)
+    assert len(of_stream) == len([moments for moments in of_stream if moments]) == len(adapter.parameters_to_adapt())
+    for mine, theirs in zip(of_stream, of_warm_up, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) and mine[key] is not theirs[key] for key in mine)
+    assert adapter.optimizer.param_groups[0]["lr"] == 0.01
+    before = adapter.state_dict()
+    duplicate = copy.deepcopy(adapter)
+    for x in batches:
+        adapter(x)
+    adapter.reset()
+    duplicate.reset()
+    assert all(torch.equal(adapter.state_dict()[key], value) for key, value in before.items())
+    assert all(torch.equal(duplicate.state_dict()[key], value) for key, value in before.items())
 
 
 def test_replay_needs_labels(cnn, golden_source):

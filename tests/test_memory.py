@@ -10,7 +10,7 @@ from torch import nn
 
 import tta
 from tta import ema
-from tta.memory import BalancedMemory
+from tta.memory import BalancedMemory, PredictionBalancedReservoir, ReplayMemory, ReviewQueue
 
 
 @settings(max_examples=150, deadline=None)
@@ -111,3 +111,86 @@ def test_share_of_the_student_is_exact_at_its_ends(share):
     expected = (student if share else copy.deepcopy(teacher)).weight.detach().clone()
     ema.follow(teacher, student, share, when=torch.tensor(True))
     assert torch.equal(teacher.weight, expected)
+
+
+@pytest.fixture(params=["balanced", "reservoir", "replay", "queue"])
+def offer(request):
+    """``offer(samples)`` offers them to a new memory of four places, for classes 0, 1, 2, 0 ...; the memory is its ``bank``."""
+    banks = {
+        "balanced": BalancedMemory(4, 1.0, 1.0),
+        "reservoir": PredictionBalancedReservoir(4),
+        "replay": ReplayMemory(4),
+        "queue": ReviewQueue(4, 0.1),
+    }
+    bank = banks[request.param]
+
+    def give(samples):
+        labels = torch.arange(len(samples)) % 3
+        arguments = {
+            "balanced": (labels, torch.rand(len(samples)), 3),
+            "reservoir": (labels, 3, lambda below: 0),
+            "replay": (labels, 3, lambda classes: classes[0]),
+            "queue": (3,),
+        }
+        bank.add(samples, *arguments[request.param])
+
+    give.bank = bank
+    return give
+
+
+def books(bank):
+    return {key: value.clone() for key, value in bank.state_dict().items()}
+
+
+def test_samples_of_another_size_are_refused_and_change_nothing(offer):
+    offer(torch.rand(3, 3, 4, 4))
+    before = books(offer.bank)
+    with pytest.raises(ValueError, match=r"holds images of shape \(3, 4, 4\); got images of shape \(3, 8, 8\)"):
+        offer(torch.rand(3, 3, 8, 8))
+    assert all(torch.equal(before[key], value) for key, value in books(offer.bank).items())
+    offer(torch.rand(3, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_samples_of_another_type_are_held_in_that_of_the_first(offer, dtype):
+    for first, then in ((torch.float32, dtype), (dtype, torch.float32)):
+        offer(torch.rand(3, 2, dtype=first))
+        offer(torch.rand(3, 2, dtype=then))
+    held = offer.bank.images if isinstance(offer.bank, ReviewQueue) else offer.bank.samples
+    assert held.dtype == torch.float32
+    assert held.any(1).all()
+
+
+def test_samples_are_held_without_their_history(offer):
+    offer(torch.rand(3, 2, requires_grad=True) * 2)
+    assert not any(value.requires_grad for value in offer.bank.state_dict(keep_vars=True).values())
+
+
+# Settings with which every batch is learned from, and changes the memory.
+REMEMBERING = {
+    "note": {"update_frequency": 4},
+    "rotta": {"update_frequency": 4},
+    "stamp": {"alpha": 5.0, "views": 1},
+    "ttac": {"queue_size": 16, "lr": 1e-4},
+}
+
+
+@pytest.mark.parametrize("method", REMEMBERING)
+def test_a_batch_of_another_size_changes_nothing_and_good_ones_go_on(method, cnn, golden_images, golden_source):
+    settings = {"source": golden_source[:32], **REMEMBERING[method]}
+    adapter, undisturbed = (tta.adapt(cnn, method, **settings) for _ in range(2))
+    adapter(golden_images[:8])
+    undisturbed(golden_images[:8])
+    before = adapter.state_dict()
+    with pytest.raises(ValueError, match="memory holds images of shape"):
+        adapter(torch.rand(8, 3, 64, 64))
+    assert all(torch.equal(before[key], value) for key, value in adapter.state_dict().items())
+    assert torch.equal(adapter(golden_images[8:16]), undisturbed(golden_images[8:16]))
+
+
+@pytest.mark.parametrize("method", REMEMBERING)
+def test_the_memory_has_no_part_in_a_graph_of_the_users(method, cnn, golden_images, golden_source):
+    settings = {"source": golden_source[:32], **REMEMBERING[method]}
+    adapter, plain = (tta.adapt(cnn, method, **settings) for _ in range(2))
+    for x in golden_images[:24].split(8):
+        assert torch.equal(adapter(x.clone().requires_grad_()), plain(x))

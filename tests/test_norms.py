@@ -1,6 +1,7 @@
 """Normalisation layers: the three modes of `norm`, recomputed plainly; which layers `tent` finds."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -109,6 +110,87 @@ def test_tent_adapts_every_kind_of_normalisation(kind, cnn, vit):
     assert len(before) == 2 * affine
     changed = [not torch.equal(a, b) for a, b in zip(before, adapter.parameters_to_adapt(), strict=True)]
     assert all(changed)
+
+
+class LayerNorm2d(nn.Module):
+    """A normalisation layer of a user's own: over the channels of each place."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        x = x - x.mean(1, keepdim=True)
+        return (
+            self.weight[:, None, None] * x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+            + self.bias[:, None, None]
+        )
+
+
+class PlainNorm(nn.Module):
+    """One without parameters."""
+
+    def forward(self, x):
+        return x / x.norm(dim=1, keepdim=True)
+
+
+class NormedBlock(nn.Sequential):
+    """A container that is called after its norm."""
+
+
+@pytest.fixture
+def mixed():
+    torch.manual_seed(0)
+    block = NormedBlock(nn.Conv2d(4, 4, 1), LayerNorm2d(4))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), block, LayerNorm2d(4), PlainNorm(), nn.Flatten(), nn.Linear(144, 5))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["tent", "eata", "sar", "deyo", "rpl", "shot", "pl", "actmad"])
+def test_unknown_kinds_are_named_once(method, mixed, batches):
+    settings = {"parameters": "norm"} if method in ("shot", "pl") else {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tta.adapt(mixed, method, source=batches[0], **settings)
+    (warning,) = said
+    assert "not known here: 2 LayerNorm2d. The method passes them over and works on the 1 of" in str(warning.message)
+    assert [name for name, _ in norms.unknown_layers(mixed)] == ["2.1", "3"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("method", "settings"), [("norm", {}), ("note", {}), ("rotta", {}), ("shot", {}), ("cotta", {}), ("t3a", {})]
+)
+def test_a_method_whose_own_rule_leaves_them_out_says_nothing(method, settings, mixed):
+    tta.adapt(mixed, method, **settings)
+
+
+@pytest.mark.filterwarnings("error")
+def test_known_kinds_say_nothing(cnn, vit):
+    for model in (cnn, vit, timm.create_model("convnext_atto"), timm.create_model("efficientnet_lite0")):
+        tta.adapt(model, "tent")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("layer", [nn.RMSNorm((6, 6)), nn.InstanceNorm2d(4, affine=True)])
+def test_rms_and_instance_norms_adapt(layer, batches):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    adapter = tta.adapt(model, "tent")
+    before = [parameter.detach().clone() for parameter in adapter.parameters_to_adapt()]
+    assert len(before) == sum(1 for _ in layer.parameters()) > 0
+    adapter(batches[0])
+    assert not any(torch.equal(a, b) for a, b in zip(before, adapter.parameters_to_adapt(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["tent", "eata", "sar", "rmt", "psmt"])
+def test_layers_without_a_scale_are_refused_or_served(method, batches):
+    """Nothing to adapt in the normalisation layers is a sentence, not an error of autograd."""
+    plain = nn.BatchNorm2d(4, affine=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), plain, nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    if method in ("rmt", "psmt"):
+        assert tta.adapt(model, method, source=batches[0])(batches[1]).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=r"no parameters to adapt|have no scale and shift"):
+            tta.adapt(model, method, source=batches[0])
 
 
 def test_tent_recomputed_plainly(model, batches):

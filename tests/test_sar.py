@@ -6,10 +6,13 @@ import math
 import pytest
 import timm
 import torch
+import torchvision
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
 import tta
+from tta import norms
 from tta.adapter import Adapter
 from tta.functional import entropy
 
@@ -184,6 +187,74 @@ def test_top_of_a_vit_and_of_a_resnet_are_left_alone():
     assert changed(vit) == {f"blocks.{block}.norm{n}" for block in range(9) for n in (1, 2)}
     assert "layer3.0.bn1" in changed(timm.create_model("resnet18"))
     assert not any("layer4" in name for name in changed(nn.Sequential(timm.create_model("resnet18"))))
+
+
+def below(*modules):
+    """Whether a name lies in one of the modules."""
+    return lambda name: any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
+def transformers_model(kind, **settings):
+    transformers = pytest.importorskip("transformers", reason="models of Hugging Face need the extra 'hf'")
+    return transformers.AutoModelForImageClassification.from_config(getattr(transformers, f"{kind}Config")(**settings))
+
+
+SMALL = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 32}
+# architecture -> what its top is called
+TOPS = {
+    "resnet50": (lambda: timm.create_model("resnet50"), below("layer4")),
+    "torchvision resnet18": (torchvision.models.resnet18, below("layer4")),
+    "wrapped": (lambda: nn.Sequential(nn.Identity(), timm.create_model("resnet18")), below("1.layer4")),
+    "regnet": (lambda: timm.create_model("regnety_002"), below("s4")),
+    "deit distilled": (
+        lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=32),
+        below("blocks.9", "blocks.10", "blocks.11", "norm"),
+    ),
+    "24 blocks": (
+        lambda: VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=24, num_heads=1),
+        below(*(f"blocks.{number}" for number in range(18, 24)), "norm"),
+    ),
+    "2 blocks": (lambda: VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=1), below("norm")),
+    "vit_b_16": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 12, 2, 24, 24),
+        below(*(f"encoder.layers.encoder_layer_{number}" for number in (9, 10, 11)), "encoder.ln"),
+    ),
+    "convnext": (lambda: timm.create_model("convnext_atto"), below("stages.3", "head.norm")),
+    "torchvision convnext": (
+        torchvision.models.convnext_tiny,  # features.6 is what shrinks the maps before the last stage, a part of it in timm
+        below("features.6", "features.7", "classifier.0"),
+    ),
+    "swin": (lambda: timm.create_model("swin_s3_tiny_224"), below("layers.3", "norm")),
+    "nextvit": (lambda: timm.create_model("nextvit_small"), below("stages.3", "norm")),
+    "edgenext": (lambda: timm.create_model("edgenext_xx_small"), below("stages.3", "head.norm")),
+    "hf convnext": (
+        lambda: transformers_model("ConvNext", hidden_sizes=[8] * 4, depths=[2, 2, 3, 2]),
+        below("convnext.encoder.stages.3", "convnext.layernorm"),
+    ),
+    "hf swin": (lambda: transformers_model("Swin", embed_dim=24), below("swin.encoder.layers.3", "swin.layernorm")),
+}
+
+
+@pytest.mark.parametrize("name", TOPS)
+def test_the_top_is_found_by_structure(name):
+    """The last of four stages or the last quarter of the blocks, and the final norm: not whatever is called norm."""
+    make, is_top = TOPS[name]
+    model = make()
+    names = {name for name, _ in norms.named_layers(model)}
+    assert changed(model) == {name for name in names if not is_top(name)} < names
+
+
+def test_the_top_of_a_vit_of_transformers():
+    model = transformers_model("ViT", **SMALL)
+    left_out = {name for name, _ in norms.named_layers(model)} - changed(model)
+    last = {name for name in left_out if any(part in ("9", "10", "11") for part in name.split("."))}
+    assert left_out - last == {"vit.layernorm"}
+    assert len(last) == 6
+
+
+@pytest.mark.parametrize("make", [lambda: timm.create_model("vgg11_bn"), lambda: timm.create_model("hrnet_w18_small")])
+def test_a_network_without_four_stages_has_no_top(make):
+    assert norms.top(make()) == []
 
 
 def test_excluded_names_are_parts_of_dotted_names(vit):

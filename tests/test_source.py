@@ -242,6 +242,160 @@ def test_features_are_the_input_of_the_head(make, name):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class Classifier(nn.Module):
+    """A small network of which a subclass decides how features become logits; ``last`` comes after the head, unused."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc, self.last = (
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Linear(4, 5),
+            nn.Linear(5, 2),
+        )
+
+    def features(self, x):
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+class Functional(Classifier):
+    def forward(self, x):
+        return 3 * nn.functional.linear(self.features(x), self.fc.weight)
+
+
+class Detached(Classifier):
+    def forward(self, x):
+        return self.fc(self.features(x).detach())
+
+
+class DetachedInput(Classifier):
+    def forward(self, x):
+        return super().forward(x.detach().mul(255).round())
+
+
+class WithoutGradient(Classifier):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class Scaled(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.after = nn.Parameter(torch.ones(5)), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.after(super().forward(x)) * self.temperature
+
+
+class WeightNormed(Classifier):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.fc)
+
+
+class TwoHeads(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return (self.fc(self.features(x)) + self.second(self.features(x))) / 2
+
+
+class FixedSize(Classifier):
+    def forward(self, x):
+        assert x.shape[2:] == (28, 28)
+        return super().forward(x)
+
+
+class Grey(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+
+HEADED = [Classifier, Functional, Detached, DetachedInput, WithoutGradient, Scaled, WeightNormed, FixedSize, Grey]
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_the_head_is_what_makes_the_logits(kind):
+    """Not the last linear layer in the model, which nothing reaches."""
+    model = kind().train().requires_grad_(False)
+    assert taps.head(model) == "fc"
+    assert all(module.training for module in model.modules())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    assert int(model.norm.num_batches_tracked) == 0
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_finding_the_head_draws_no_numbers():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    model = Classifier()
+    torch.manual_seed(3)
+    taps.head(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (TwoHeads, ["fc", "second"]),
+        (
+            lambda: timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, img_size=32, depth=1),
+            ["head", "head_dist"],
+        ),
+    ],
+)
+def test_two_heads_stay_and_a_method_that_needs_one_says_so(make, names):
+    model = make()
+    assert taps.heads(model) == names
+    taps.unfreeze(model, "features")
+    assert [n.rpartition(".")[0] for n, p in model.named_parameters() if not p.requires_grad][::2] == names
+    taps.unfreeze(model, "head")
+    assert [n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad][::2] == names
+    with pytest.raises(
+        ValueError, match=rf"2 layers that make the logits together \({', '.join(names)}\); expected one"
+    ):
+        tta.adapt(model, "t3a")
+
+
+def test_a_convolution_that_makes_the_logits_is_kept_and_is_no_linear_head():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    adapter = tta.adapt(model, "shot")
+    assert [name for name, p in adapter.model.named_parameters() if not p.requires_grad] == ["2.weight", "2.bias"]
+    with pytest.raises(ValueError, match=r"made by Conv2d '2', which is no nn\.Linear"):
+        tta.adapt(model, "t3a")
+
+
+def test_a_model_that_takes_no_noise_has_its_last_linear_layer_as_head():
+    class Tokens(Classifier):
+        def forward(self, x):
+            raise KeyError("pixels of its own")
+
+    assert taps.heads(Tokens()) == ["last"]
+    assert taps.heads(nn.Sequential(nn.Flatten(), nn.Linear(3 * 17 * 17, 5))) == ["1"]
+
+
+def test_a_model_of_transformers_is_looked_at_in_its_own_size():
+    """Smaller images would change the windows of this one for good."""
+    transformers = pytest.importorskip("transformers", reason="models of Hugging Face need the extra 'hf'")
+    config = transformers.SwinConfig(embed_dim=24, depths=[1, 1, 1, 1])
+    model = transformers.AutoModelForImageClassification.from_config(config).eval()
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(x).logits
+        assert taps.head(model) == "classifier"
+        assert torch.equal(model(x).logits, expected)
+
+
 def test_a_head_may_be_named(cnn):
     assert taps.head(cnn, "fc") == "fc"
     with pytest.raises(ValueError, match=r"GoldenCNN has no linear layer 'head'\. It has: fc"):

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
 from tta import channels_last, export, fingerprint, inputs, modules, optimizers, saving
-from tta.functional import logits_of
+from tta.functional import logits_of, usable
 from tta.hyperparameters import Config, OptimizerConfig, as_dict
 from tta.locks import ModuleLock
 from tta.messages import require
@@ -233,9 +233,10 @@ class Adapter(nn.Module):
 
     @property
     def input_finite(self) -> Tensor:
-        """Whether the present batch is finite, a boolean scalar on its device; a condition on it waits for a GPU.
+        """Whether the present batch is :func:`~tta.functional.usable`: nothing of it may be learned or remembered otherwise.
 
-        Always true on the CPU, where a batch that is not finite is refused before :meth:`adapt`.
+        A boolean scalar on its device; a condition on it waits for a GPU. On the CPU a batch that is not finite is refused
+        before :meth:`adapt`, so that it is false for huge values only.
         """
         flag = self._input_is_finite
         return torch.ones((), dtype=torch.bool, device=self.device) if flag is None else flag
@@ -586,8 +587,8 @@ class Adapter(nn.Module):
                 self._counters[BAD] = 0
                 self._counters_seen.zero_()
                 raise ValueError("An earlier batch held NaN or infinite values. Nothing was learned from it.")
-            self._input_is_finite = x.isfinite().all()
-            self._counters[BAD] += ~self._input_is_finite
+            self._counters[BAD] += ~x.isfinite().all()
+        self._input_is_finite = usable(x)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _learned(self, x: Tensor) -> Output:
@@ -623,7 +624,7 @@ class Adapter(nn.Module):
         finite = (output.logits < math.inf).all()
         if x.device.type not in self._CHECKED_AT_ONCE:
             self._counters[LOST] += ~finite & self.input_finite
-        elif not finite:
+        elif not finite and self.input_finite:  # huge values give such logits by themselves, and teach nothing
             self._go_back()
             with torch.no_grad():
                 return Output(self.predict(x), output.outlier_score)

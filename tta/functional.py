@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGEST = 1e5  # of a pixel that may be learned from: images of 16 bits reach 65535 before they are scaled
+
 
 def logits_of(output: Any) -> Tensor:
     """Logits (batch, classes), float32, from the output of a model: the tensor itself or its ``.logits``.
@@ -25,6 +27,15 @@ def logits_of(output: Any) -> Tensor:
     if logits.dim() != 2:
         raise ValueError(f"The model returned a tensor of shape {tuple(logits.shape)}; expected (batch, classes).")
     return logits.float()
+
+
+def usable(x: Tensor) -> Tensor:
+    """Whether all values of a batch are finite and none is above :data:`LARGEST` in size, a boolean scalar on its device.
+
+    One pixel of 1e30 overflows variances and squared distances, though it is finite, and would stay in every statistic.
+    """
+    low, high = x.detach().aminmax()
+    return (low >= -LARGEST) & (high <= LARGEST)  # NaN is neither
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -10,6 +10,20 @@ from torch import Tensor, nn
 from tta.functional import matmul
 
 
+def check_size(held: Tensor | None, offered: Tensor) -> None:
+    """Raise a ValueError unless samples have the size that a memory holds.
+
+    Args:
+        held: the memory's samples, (capacity, ...); None if it was never offered one.
+        offered: (batch, ...).
+    """
+    if held is not None and held.shape[1:] != offered.shape[1:]:
+        raise ValueError(
+            f"The memory holds images of shape {tuple(held.shape[1:])}; got images of shape {tuple(offered.shape[1:])}. "
+            "Nothing was learned from them. Give all batches one size, or call reset() first, which empties the memory."
+        )
+
+
 class Bank(nn.Module):
     """A fixed number of slots for samples, each with its predicted class.
 
@@ -36,10 +50,16 @@ class Bank(nn.Module):
     def __len__(self) -> int:
         return int((self.labels >= 0).sum())
 
+    def check(self, samples: Tensor) -> None:
+        """Raise a ValueError unless the samples have the size of those held; to be called before anything is learned."""
+        check_size(self.samples, samples)
+
     def _put(self, samples: Tensor, newcomers: dict[int, int]) -> None:
         """Copy rows of a batch into slots; ``newcomers`` maps slot to row."""
+        samples = samples.detach()
         if self.samples is None:
             self.samples = samples.new_zeros(len(self.labels), *samples.shape[1:])
+        samples = samples.to(self.samples.dtype)
         rows = torch.tensor([list(newcomers.keys()), list(newcomers.values())], dtype=torch.int64).to(samples.device)
         self.samples[rows[0]] = samples[rows[1]]
 
@@ -77,7 +97,11 @@ class BalancedMemory(Bank):
             labels: (batch,) predicted classes, on the CPU.
             uncertainties: (batch,) entropies, nats, on the CPU.
             classes: number of classes, 2 or more.
+
+        Raises:
+            ValueError: samples of another size than those held; nothing is changed.
         """
+        self.check(samples)
         capacity, now = len(self.labels), 0
         books = zip(self.labels.tolist(), self.uncertainties.tolist(), self.ages.tolist(), strict=True)
         slots = {slot: (label, doubt, -age) for slot, (label, doubt, age) in enumerate(books) if label >= 0}
@@ -158,7 +182,11 @@ class PredictionBalancedReservoir(Bank):
             labels: (batch,) predicted classes, on the CPU.
             classes: number of classes.
             draw: a random integer from 0 to below its argument.
+
+        Raises:
+            ValueError: samples of another size than those held; nothing is changed.
         """
+        self.check(samples)
         books = zip(self.labels.tolist(), self.arrivals.tolist(), strict=True)
         slots = {slot: book for slot, book in enumerate(books) if book[0] >= 0}
         free = [slot for slot in reversed(range(len(self.labels))) if slot not in slots]
@@ -229,7 +257,11 @@ class ReplayMemory(Bank):
             labels: (batch,) predicted classes, on the CPU.
             classes: number of classes.
             pick: draws one of several classes.
+
+        Raises:
+            ValueError: samples of another size than those held; nothing is changed.
         """
+        self.check(samples)
         members: list[list[int]] = [[] for _ in range(classes)]  # slots, the oldest first
         for label, _, slot in self._order():
             members[label].append(slot)
@@ -294,12 +326,13 @@ class RunningGaussian(nn.Module):
         self.register_buffer("covariance", covariance.clone())
         self.register_buffer("count", torch.full_like(mean[:, 0], count))
 
-    def add(self, features: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, features: Tensor, member: Tensor, when: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Update the moments with a batch of features, unless the result is not finite.
 
         Args:
             features: (batch, width).
             member: (batch, groups), boolean.
+            when: a boolean scalar; if it is false the moments are computed and not kept.
 
         Returns:
             Mean and covariance after the update; gradients flow to these features, not to earlier ones.
@@ -318,6 +351,7 @@ class RunningGaussian(nn.Module):
         mean, covariance = self.mean + shift, self.covariance + rate * (scatter - arrived * self.covariance) - square
         with torch.no_grad():
             good = mean.isfinite().all() & covariance.isfinite().all()
+            good = good if when is None else good & when
             for buffer, value in ((self.mean, mean), (self.covariance, covariance), (self.count, count)):
                 buffer.copy_(torch.where(good, value, buffer))
         return mean, covariance
@@ -359,14 +393,18 @@ class ReviewQueue(nn.Module):
         Args:
             images: (batch, ...).
             classes: number of classes.
+
+        Raises:
+            ValueError: images of another size than those held; nothing is changed.
         """
-        capacity = len(self.distrust)
+        check_size(self.images, images)
+        images, capacity = images.detach(), len(self.distrust)
         if self.images is None:
             self.images = images.new_zeros(capacity, *images.shape[1:])
             self.predictions = torch.zeros(capacity, classes, device=images.device)
         assert self.predictions is not None
         slots = (self.offered + torch.arange(len(images), device=self.offered.device))[-capacity:] % capacity
-        self.images[slots] = images[-capacity:]
+        self.images[slots] = images[-capacity:].to(self.images.dtype)
         self.predictions[slots] = 0
         self.distrust[slots] = 0
         self.offered += len(images)

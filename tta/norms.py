@@ -4,6 +4,9 @@ The method chooses the statistics that a BatchNorm layer uses. Every function he
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
+import re
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tta import channels_last
 
 # Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
 BATCH_NORMS = (_BatchNorm,)
-AFFINE_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
-# The top of a ResNet-50 and of a ViT-B, which SAR and the methods built on it do not adapt.
-TOP = ("layer4", "blocks.9", "blocks.10", "blocks.11", "norm")
+AFFINE_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
+FEWEST_BLOCKS = 4  # of a chain that has a top: a quarter of it is one block
 
 
 def named_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[tuple[str, nn.Module]]:
@@ -28,14 +31,22 @@ def named_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_N
 
 
 def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[nn.Module]:
-    """Normalisation layers of the given kinds.
+    """Normalisation layers of the given kinds, with a warning of :func:`unknown_layers` where all kinds are asked for.
 
     Raises:
         ValueError: the model has none; the message names the kinds looked for, and the similar layers that exist.
     """
-    found = [module for _, module in named_layers(model, kinds)]
+    found = [module for _, module in present(model, kinds)]
+    if kinds == AFFINE_NORMS:
+        warn_of_unknown(model)
+    return found
+
+
+def present(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) -> list[tuple[str, nn.Module]]:
+    """:func:`named_layers`, of which there must be one; raises as :func:`layers` does."""
+    found = named_layers(model, kinds)
     if not found:
-        wanted = ", ".join("BatchNorm" if kind is _BatchNorm else kind.__name__ for kind in kinds)
+        wanted = ", ".join(kind.__name__.removeprefix("_") for kind in kinds)
         similar = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
         raise ValueError(
             f"{type(model).__name__} has no normalisation layer of the kinds looked for: {wanted}. "
@@ -45,25 +56,119 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS) 
     return found
 
 
+def unknown_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that look like normalisation layers with a scale or shift, of none of the kinds known, with their names.
+
+    They are told by their class's name (``LayerNorm2d``, ``RmsNorm``): it holds "norm", and the module holds parameters
+    and no other module.
+    """
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and not isinstance(module, AFFINE_NORMS)
+        and not any(module.children())
+        and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def warn_of_unknown(model: nn.Module) -> None:
+    """Warn of :func:`unknown_layers`: how many there are of each kind, and that the method passes them over."""
+    unknown = Counter(type(module).__name__ for _, module in unknown_layers(model))
+    if unknown:
+        known = len(named_layers(model))
+        warnings.warn(
+            f"{type(model).__name__} has normalisation layers of kinds that are not known here: "
+            f"{', '.join(f'{number} {kind}' for kind, number in unknown.items())}. The method passes them over and "
+            f"works on the {known} of known kinds. To include a kind, derive its class from the "
+            "layer of torch.nn that it resembles (torch.nn.LayerNorm).",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def within(name: str, parts: Iterable[str]) -> bool:
     """Whether a module's dotted name contains one of the dotted parts: ``model.blocks.9.norm1`` lies within ``blocks.9``."""
     return any(f".{part}." in f".{name}." for part in parts)
 
 
-def layers_outside(model: nn.Module, exclude: Sequence[str]) -> list[nn.Module]:
-    """Normalisation layers outside the modules whose names contain one of ``exclude``.
+def layers_outside(model: nn.Module, exclude: Sequence[str] | None = None) -> list[nn.Module]:
+    """Normalisation layers outside the modules whose names contain one of ``exclude``, or, if it is None, below the :func:`top`.
 
     Raises:
         ValueError: no layer is left; the message lists all.
     """
     named = named_layers(model)
-    found = [layer for name, layer in named if not within(name, exclude)]
+    left_out = set(top(model)) if exclude is None else {name for name, _ in named if within(name, exclude)}
+    found = [layer for name, layer in named if name not in left_out]
     if not found:
+        given = "the rule for the top of a network" if exclude is None else f"exclude={list(exclude)}"
         raise ValueError(
-            f"All {len(named)} normalisation layers of {type(model).__name__} are excluded by exclude={list(exclude)}. "
+            f"All {len(named)} normalisation layers of {type(model).__name__} are excluded by {given}. "
             f"Exclude fewer; they are called {', '.join(name for name, _ in named)}."
         )
     return found
+
+
+def top(model: nn.Module) -> list[str]:
+    """Names of the normalisation layers in the last blocks of a network and behind them, found by its structure.
+
+    SAR and the methods built on it do not adapt them. Published for a ResNet-50 (``layer4``) and a ViT-B (``blocks.9`` to
+    ``blocks.11`` and the final norm); both are the last quarter of the network's chain of stages or blocks, and what
+    comes behind the chain. The same is the last stage and the final norm of a ConvNeXt or Swin, whatever the modules
+    are called. Fewer than four blocks have no last quarter (ResNets for CIFAR, of three stages): there, only a final
+    LayerNorm or RMSNorm counts.
+
+    Niu et al., "Towards Stable Test-Time Adaptation in Dynamic Wild World", ICLR 2023.
+    """
+    names = [name for name, _ in named_layers(model)]
+    chain = _chain(names)  # name -> number
+    if not chain:
+        return []
+    length = max(chain.values()) - min(chain.values()) + 1
+    last = [name for name, number in chain.items() if number > max(chain.values()) - length // FEWEST_BLOCKS]
+    end = max(place for place, name in enumerate(names) if _below(name, chain))
+    behind = names[end + 1 :]
+    if not last:
+        behind = [name for name in behind if isinstance(model.get_submodule(name), (nn.LayerNorm, nn.RMSNorm))]
+    return [name for name in names if name in behind or _below(name, last)]
+
+
+def _chain(norms: Sequence[str]) -> dict[str, int]:
+    """Names of the stages or blocks that a network is a chain of, and their numbers; from its normalisation layers' names.
+
+    Its links are modules beside one another, named alike but for a number (``layer1`` to ``layer4``, ``blocks.0`` to
+    ``blocks.11``, ``encoder_layer_0``), with normalisation layers within. Of several such families, one inside the other,
+    it is the outermost that holds at least a quarter of all layers, none of its links more than three in four of them (the
+    one backbone in a wrapper is no chain); of several beside one another, that with the most layers.
+    """
+    families: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)  # of modules -> layers within each
+    numbers: dict[str, int] = {}
+    depths: dict[tuple[str, ...], int] = {}
+    for name in norms:
+        parts = name.split(".")
+        for depth, part in enumerate(parts[:-1]):
+            if match := re.fullmatch(r"(\D*)(\d+)(.*)", part):
+                before, number, after = match.groups()
+                key, module = (*parts[:depth], before, after), ".".join(parts[: depth + 1])
+                families[key][module] += 1
+                numbers[module] = int(number)
+                depths[key] = depth - part.isdecimal()  # a list of numbered modules is where its name is
+    chains = [
+        key
+        for key, family in families.items()
+        if len(family) > 1 and 4 * family.total() >= len(norms) and 4 * max(family.values()) <= 3 * family.total()
+    ]
+    if not chains:
+        return {}
+    chosen = min(chains, key=lambda key: (depths[key], -families[key].total()))
+    if chosen[-2:] == ("", ""):  # a list, which may hold modules without such layers (poolings) between its blocks
+        return {module: place for place, module in enumerate(families[chosen])}
+    return {module: numbers[module] for module in families[chosen]}
+
+
+def _below(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def use_batch_statistics(layer: nn.Module) -> None:
@@ -100,11 +205,11 @@ def by_batch(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_statistics(model: nn.Module) -> Iterator[None]:
+def training_statistics(model: nn.Module, when: Tensor | None = None) -> Iterator[None]:
     """Within this context BatchNorm layers work as in training: normalise by the batch, update the stored statistics.
 
     Each layer keeps its own momentum. Updates that are not finite are undone at the end of the context, because on a GPU
-    a bad batch is reported one batch late. A layer without stored statistics normalises by the batch anyway. Run the
+    a bad batch is reported one batch late; if ``when``, a boolean scalar, is false, so are all. A layer without stored statistics normalises by the batch anyway. Run the
     backward pass of an earlier forward before this context: it reads the stored statistics, which change here.
     """
     layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
@@ -121,6 +226,7 @@ def training_statistics(model: nn.Module) -> Iterator[None]:
             layer.training = mode
             if layer.running_mean is not None and layer.running_var is not None:
                 finite = layer.running_mean.isfinite() & layer.running_var.isfinite()
+                finite = finite if when is None else finite & when
                 for name, value in zip(names, values, strict=True):
                     if value is not None:  # through .data: autograd would refuse to change a tensor it has saved
                         good = finite if value.dim() else finite.all()
@@ -149,6 +255,7 @@ class BlendedBatchNorm(nn.Module):
         self.layer = layer.eval()
         self.weight = weight
         self.remember = False
+        self.remember_when: Tensor | None = None
 
     def train(self, mode: bool = True) -> "BlendedBatchNorm":
         """Do nothing: the wrapped layer uses the statistics it is given in every mode of the model."""
@@ -179,6 +286,7 @@ class BlendedBatchNorm(nn.Module):
         """
         running_mean, running_var = self._stored()
         finite = mean.isfinite() & var.isfinite()
+        finite = finite if self.remember_when is None else finite & self.remember_when
         running_mean.copy_(torch.where(finite, mean, running_mean))
         running_var.copy_(torch.where(finite, var, running_var))
 
@@ -295,13 +403,13 @@ def blend_statistics(
 
 
 @contextmanager
-def remembering(model: nn.Module) -> Iterator[None]:
-    """Within this context every :class:`BlendedBatchNorm` stores the blend it computes."""
+def remembering(model: nn.Module, when: Tensor | None = None) -> Iterator[None]:
+    """Within this context every :class:`BlendedBatchNorm` stores the blend it computes, if ``when``, a boolean scalar, is true."""
     blended = [module for module in model.modules() if isinstance(module, BlendedBatchNorm)]
     for module in blended:
-        module.remember = True
+        module.remember, module.remember_when = True, when
     try:
         yield
     finally:
         for module in blended:
-            module.remember = False
+            module.remember, module.remember_when = False, None

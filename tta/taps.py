@@ -5,10 +5,12 @@ block: no second forward pass, and nothing is left in the model.
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,37 +20,69 @@ from tta import norms
 from tta.functional import logits_of
 
 Part: TypeAlias = Literal["norm", "head", "features", "all"]
+SIZES = (32, 224, 64, 28, 96, 16, 8, 299, 384)  # of images, tried until a model takes one
 TOKEN_PARTS = ("patch_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens", "embed_dim")
 
 
 def head(model: nn.Module, name: str | None = None) -> str:
-    """Name of the final linear layer; its input is the features.
+    """Name of the linear layer that makes the logits; its input is the features.
 
     Args:
         model: any classifier.
-        name: of the layer, if it is known. Left out: the classifier of a timm model (``get_classifier``), else the last
-            ``nn.Linear`` in the model.
+        name: of the layer, if it is known. Left out: the one of :func:`heads`.
 
     Raises:
-        ValueError: there is no such layer; the message lists the linear layers.
+        ValueError: there is no such layer, or there are several; the message names what was found.
     """
-    linear: dict[str, nn.Module] = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    kind = type(model).__name__
     if name is not None:
+        linear = _linear_layers(model)
         if name not in linear:
-            raise ValueError(f"{type(model).__name__} has no linear layer '{name}'. It has: {_some(list(linear))}.")
+            raise ValueError(f"{kind} has no linear layer '{name}'. It has: {_some(linear)}.")
         return name
+    found = heads(model)
+    if len(found) > 1:
+        raise ValueError(
+            f"{kind} has {len(found)} layers that make the logits together ({_some(found)}); expected one linear layer, "
+            "whose input is the features. Pass the model with one of them alone, or use a method without a head."
+        )
+    layer = model.get_submodule(found[0])
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"The logits of {kind} are made by {type(layer).__name__} '{found[0]}', which is no nn.Linear, so there are no "
+            "features before a linear head."
+        )
+    return found[0]
+
+
+def heads(model: nn.Module) -> list[str]:
+    """Names of the modules that make the logits: one classifier, or the two of a distilled DeiT, whose logits are averaged.
+
+    They are found in a forward of noise: of the modules with a matrix of weights, those whose output reaches the logits
+    through no further one. An unused layer behind the classifier is thus none, nor is a scale behind it. Where no such
+    forward succeeds, or it has no gradients, they are the classifiers of a timm model (``get_classifier``), else the last
+    ``nn.Linear`` in the model.
+
+    Raises:
+        ValueError: neither way finds one.
+    """
+    found = _last_weights(model)
+    if found:
+        return found
+    linear = _linear_layers(model)
     for module in model.modules():
         classifier: Any = getattr(module, "get_classifier", None)
         if callable(classifier):
             classifier = classifier()
             known = classifier if isinstance(classifier, tuple) else (classifier,)
-            if found := [path for path, layer in linear.items() if any(layer is one for one in known)]:
-                return found[0]
+            if named := [path for path in linear if any(model.get_submodule(path) is one for one in known)]:
+                return named
     if not linear:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear, so there are no features before a linear head.")
-    return list(linear)[-1]
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear, so there are no features before a linear head, and a forward of "
+            "noise did not show what makes its logits."
+        )
+    return linear[-1:]
 
 
 def unfreeze(model: nn.Module, part: Part) -> None:
@@ -56,8 +90,8 @@ def unfreeze(model: nn.Module, part: Part) -> None:
 
     Args:
         model: any classifier.
-        part: ``"norm"`` (the affine parameters of all normalisation layers), ``"head"`` (the final linear layer),
-            ``"features"`` (all but the head) or ``"all"``.
+        part: ``"norm"`` (the affine parameters of all normalisation layers), ``"head"`` (the :func:`heads`),
+            ``"features"`` (all but the heads) or ``"all"``.
 
     Raises:
         ValueError: the model has no such part.
@@ -67,7 +101,8 @@ def unfreeze(model: nn.Module, part: Part) -> None:
         for layer in norms.layers(model):
             layer.requires_grad_(True)
     elif part != "all":
-        model.get_submodule(head(model)).requires_grad_(part == "head")
+        for name in heads(model):
+            model.get_submodule(name).requires_grad_(part == "head")
 
 
 @contextmanager
@@ -217,6 +252,137 @@ def extra_tokens(vit: nn.Module, tokens: Tensor) -> Iterator[None]:
         stack.callback(vit.norm_pre.register_forward_hook(join).remove)  # type: ignore[union-attr]
         stack.callback(vit.norm.register_forward_pre_hook(leave).remove)  # type: ignore[union-attr]
         yield
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _last_weights(model: nn.Module) -> list[str]:
+    """Names of the modules whose matrices are the last that act on the image before the logits; none if not to be seen."""
+    called: list[str] = []
+    try:
+        with _differentiable(model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x, logits = _probed(model, called)
+            if (
+                not logits.requires_grad
+            ):  # nothing leads back from the logits: it is the last linear layer to be reached
+                return called[-1:]
+            matrices, seen = _matrices_behind(logits, x)
+    except Exception:  # whatever a model does with images that are not its own
+        return []
+    owners = {parameter: name.rpartition(".")[0] for name, parameter in model.named_parameters()}
+    # torch's weight norm keeps the weights of a layer in a module below it
+    found = {owners[matrix].partition(".parametrizations.")[0] for matrix in matrices if matrix in owners}
+    return [name for name, _ in model.named_modules() if name in found] if seen or len(found) == 1 else called[-1:]
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in eval mode and all its weights require gradients."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if parameter.is_floating_point()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _probed(model: nn.Module, called: list[str]) -> tuple[Tensor, Tensor]:
+    """Two images of noise, of the first size that the model takes, and their logits; names of the linear layers called."""
+    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    failure: Exception = ValueError("no size to try")
+    with ExitStack() as stack:
+        for name in _linear_layers(model):
+            listen = partial(_note_call, called, name)
+            stack.callback(model.get_submodule(name).register_forward_hook(listen).remove)
+        # First a size that the model names: a Swin of transformers keeps the windows of smaller images for good.
+        for size in dict.fromkeys((*_sizes_named(model), *SIZES)):
+            noise = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+            x = noise.to(like.device, like.dtype).requires_grad_()
+            called.clear()
+            try:
+                return x, logits_of(model(x))
+            except Exception as error:  # an assertion, an unfit shape, an empty map: the next size may do
+                failure = error
+    raise failure
+
+
+def _note_call(called: list[str], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    called.append(name)
+
+
+def _sizes_named(model: nn.Module) -> list[int]:
+    """Sizes of images that modules name themselves: torchvision's ``image_size``, timm's ``img_size``, a configuration's."""
+    found = []
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            for key in ("image_size", "img_size"):
+                value = getattr(owner, key, None)
+                side = value[0] if isinstance(value, (tuple, list)) and value else value
+                if isinstance(side, int) and side > 0:
+                    found.append(side)
+    return found
+
+
+def _matrices_behind(logits: Tensor, x: Tensor) -> tuple[set[Tensor], bool]:
+    """Matrices of weights that are met first on all ways back from the logits to the images, in autograd's graph.
+
+    If there is no such way, all matrices in the graph, and False.
+    """
+    assert logits.grad_fn is not None
+    order = _graph(logits.grad_fn)
+    depends: set[Any] = set()  # nodes that depend on the images
+    held: dict[Any, set[Tensor]] = {}  # node -> matrices that it depends on, if it does not depend on the images
+    for node in order:  # inputs come before what is made of them
+        inputs_ = [fn for fn, _ in node.next_functions if fn is not None]
+        leaf = getattr(node, "variable", None)
+        if leaf is x or any(fn in depends for fn in inputs_):
+            depends.add(node)
+        own = {leaf} if isinstance(leaf, Tensor) and leaf.dim() > 1 else set()
+        held[node] = own.union(*(held[fn] for fn in inputs_))
+    if logits.grad_fn not in depends:
+        return held[logits.grad_fn], False
+    found: set[Tensor] = set()
+    ahead, seen = [logits.grad_fn], {logits.grad_fn}
+    while ahead:
+        inputs_ = [fn for fn, _ in ahead.pop().next_functions if fn is not None]
+        weights = set().union(*(held[fn] for fn in inputs_ if fn not in depends))
+        if weights:
+            found |= weights
+            continue
+        onward = [fn for fn in inputs_ if fn in depends and fn not in seen]
+        seen.update(onward)
+        ahead += onward
+    return found, True
+
+
+def _graph(root: Any) -> list[Any]:
+    """The nodes of autograd's graph below one, inputs before what is made of them."""
+    order: list[Any] = []
+    entered, left = set(), set()
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        if node not in entered:
+            entered.add(node)
+            stack += [fn for fn, _ in node.next_functions if fn is not None and fn not in entered]
+            continue
+        stack.pop()
+        if node not in left:
+            left.add(node)
+            order.append(node)
+    return order
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -178,6 +178,10 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
         One tensor per parameter, under its name in the model.
     """
     names = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in need.layers]
+    if not names:
+        raise ValueError(
+            f"The layers of {type(model).__name__} that would adapt have no scale and shift (affine=False)."
+        )
     parameters = [model.get_parameter(name).requires_grad_() for name in names]
     total = [torch.zeros_like(p) for p in parameters]
     batches = 0
