@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
     "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
     "tta.results": "torch torchmetrics numpy pandas pyarrow tta.functional tta.labels tta.adapter tta.config",
-    "tta.report": "numpy pandas rich matplotlib tta.datasets tta.results",
-    "tta.progress": "lightning rich tta.datasets",
+    "tta.report": "numpy pandas rich matplotlib tta.messages tta.datasets tta.results",
+    "tta.progress": "lightning rich tta.messages tta.datasets",
     "tta.callbacks": f"lightning torch tta.methods tta.datasets tta.results {ADAPTER}",
     "tta.engine": f"lightning torch tta.labels tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress "
     f"{ADAPTER}",

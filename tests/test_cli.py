@@ -65,6 +65,18 @@ def test_a_second_run_overwrites_nothing(tmp_path):
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+    out = tmp_path / "[/] :smile: \x1b[2J"
+    assert run("source", "--out", str(out)) == 0
+    printed = capsys.readouterr()
+    assert "[/] :smile: \\x1b[2J\n" in printed.err  # in one line, though it is long
+    assert main(["table", str(tmp_path / "\x1b[2J")]) == 2
+    assert main(["diff", *map(str, [*out.rglob("result.json")] * 2)]) == 0
+    assert main(["plot", "heatmap", str(out), "-o", str(out / "h.svg")]) == 0
+    printed_later = capsys.readouterr()
+    assert "\x1b" not in printed.err + printed.out + printed_later.err + printed_later.out
+
+
 def test_table_reads_what_run_wrote(tmp_path, capsys):
     run("source", "norm", "--out", str(tmp_path))
     capsys.readouterr()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -32,6 +33,7 @@ from tta.benchmark import RunSettings, runs
 from tta.cli import listings
 from tta.cli.arguments import UsageError, key_values, parse_request, usage_errors
 from tta.cli.parser import make_parser
+from tta.messages import plain
 
 if TYPE_CHECKING:
     from tta.benchmark import Benchmark, Cell, Outcome
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"tta: {runs.error_message(error)}", file=sys.stderr)
+        print(f"tta: {plain(runs.error_message(error), lines=True)}", file=sys.stderr)
         if isinstance(error, (UsageError, config.ConfigError)):
             return 2
         print("tta: the run failed; --debug shows where.", file=sys.stderr)
@@ -81,13 +83,18 @@ def _plain_warnings() -> Iterator[None]:
     """Show warnings as plain sentences, without the line of code that raised them."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"tta: {message}", file=sys.stderr)
+        print(f"tta: {plain(str(message), lines=True)}", file=sys.stderr)
 
     before, warnings.showwarning = warnings.showwarning, show
     try:
         yield
     finally:
         warnings.showwarning = before
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """Print one line as it stands, in which names may be anything: no markup, no terminal escapes, no path cut in two."""
+    console.print(Text(plain(text), style=style), soft_wrap=True)
 
 
 # ---------------------------------------------------------------------- run
@@ -105,9 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     console = Console(stderr=True)
-    console.print(
-        "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
-    )
+    for line in (str(stream).partition("\n")[0], *(f"images {origin}" for origin in stream.origins)):
+        _say(console, line)
     in_use = {adapter.model.spec for _, adapter in adapters}
     used = [model for model in models.values() if model.spec in in_use]
     _preflight(stream, used, console, request.run)
@@ -115,13 +121,13 @@ def _run(arguments: argparse.Namespace) -> int:
     for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
         preset = f" (preset {adapter.preset})" if adapter.preset else ""
-        console.print(f"{name} on {adapter.model.spec}{preset}: {settings}", highlight=False, markup=False)
+        _say(console, f"{name} on {adapter.model.spec}{preset}: {settings}")
         result = runs.run_adapter(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
         folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
         result.save(folder)
         results.append(result)
     Console().print(tta.compare(results))
-    console.print(f"Results: {out}", highlight=False)
+    _say(console, f"Results: {out}")
     return 0
 
 
@@ -137,9 +143,7 @@ def _preflight(stream: "Stream", models: "Sequence[ImageClassifier]", console: C
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is printed instead
             found = tta.preflight(model, *clean)
-        console.print(
-            f"{model.spec}: {found}", style="yellow" if found.problem else None, highlight=False, markup=False
-        )
+        _say(console, f"{model.spec}: {found}", style="yellow" if found.problem else "")
 
 
 def _free(folder: Path) -> Path:
@@ -189,12 +193,12 @@ def _run_benchmark(described: "Benchmark", arguments: argparse.Namespace) -> int
 
     def report(cell: "Cell", outcome: "Outcome", done: int, total: int) -> None:
         found = f"failed: {outcome.reason}" if isinstance(outcome, Failure) else f"{outcome.mean_error:.1f} %"
-        console.print(f"[{done}/{total}] {cell.name}: {found}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"[{done}/{total}] {cell.name}: {found}")
 
-    console.print(f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}", highlight=False, markup=False)
+    _say(console, f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}")
     summary = benchmark.run(described, rows, out, jobs=arguments.jobs, ray=arguments.ray, report=report)
     _print_table(summary, arguments.format)
-    console.print(f"Results: {out}", highlight=False)
+    _say(console, f"Results: {out}")
     return 1 if summary.problems else 0
 
 
@@ -235,8 +239,8 @@ def _source(arguments: argparse.Namespace) -> int:
     statistics.save(arguments.out)
     for entry in statistics.entries:
         at = f"{len(entry.need.layers)} layers, {entry.need.statistics} statistics"
-        console.print(f"{entry.need.kind} of {entry.images} images ({at})", highlight=False)
-    console.print(f"Statistics: {arguments.out}", highlight=False)
+        _say(console, f"{entry.need.kind} of {entry.images} images ({at})")
+    _say(console, f"Statistics: {arguments.out}")
     return 0
 
 
@@ -259,7 +263,7 @@ def _corrupt(arguments: argparse.Namespace) -> int:
         written = write_corrupted(
             arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
         )
-    console.print(f"{written} images written to {arguments.target}", highlight=False)
+    _say(console, f"{written} images written to {arguments.target}")
     return 0
 
 
@@ -303,11 +307,10 @@ def _diff(arguments: argparse.Namespace) -> int:
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("field", *map(str, arguments.results)):
-        table.add_column(Text(heading), overflow="fold")
+        table.add_column(Text(plain(heading)), overflow="fold")
     for name, values in found.items():
-        table.add_row(
-            Text(name), *(Text(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in values)
-        )
+        shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+        table.add_row(*(Text(plain(text)) for text in (name, *shown)))
     Console().print(table)
     return 0
 
@@ -328,7 +331,7 @@ def _plot(arguments: argparse.Namespace) -> int:
         else:
             figure = figures.FIGURES[arguments.what](find_results(arguments.words))
         plots.save(figure, out)
-    print(out)
+    print(plain(str(out)))
     return 0
 
 
@@ -340,7 +343,7 @@ def _list(arguments: argparse.Namespace) -> int:
 def _print_lines(lines: Iterable[tuple[str, ...]]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*(Text(plain(text, lines=True)) for text in line))
     Console().print(table)
 
 
@@ -363,7 +366,7 @@ def _download(arguments: argparse.Namespace) -> int:
 
         def progress(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what)
+                tasks[what] = bars.add_task(escape(plain(what)))
             bars.update(tasks[what], completed=done, total=total)
 
         found = download.download(
@@ -375,7 +378,7 @@ def _download(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     for path, checksum in dict.fromkeys(found):
-        print(path, checksum)
+        print(plain(f"{path} {checksum}"))
     return 0
 
 
