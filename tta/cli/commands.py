@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from tta import config
+from tta import config, places
 from tta.allocator import keep_freed_memory
 from tta.benchmark import RunSettings, runs
 from tta.cli import listings
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tta.datasets.stream import Stream
     from tta.models import ImageClassifier
     from tta.report.tables import ResultTable
+    from tta.results import Result
     from tta.source import Need
 
 CLEAN_IMAGES = 256  # predicted by each source model before the run
@@ -105,13 +106,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
     with usage_errors():
         request = parse_request(arguments.words)
+    out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    console = Console(stderr=True)
+    with places.tried(out):
+        results = _run_methods(request, out, console)
+    Console().print(tta.compare(results))
+    _say(console, f"Results: {out}")
+    return 0
+
+
+def _run_methods(request: runs.Request, out: Path, console: Console) -> "list[Result]":
+    """Run each method of the request, and write each result as soon as there is one."""
+    with usage_errors():
         stream = runs.make_stream(request)
         clean = stream.clean() if request.run.clean else None
         models = runs.source_models(request, stream)
         adapters = runs.make_adapters(models, request)
-
-    out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    console = Console(stderr=True)
     for line in (str(stream).partition("\n")[0], *(f"images {origin}" for origin in stream.origins)):
         _say(console, line)
     in_use = {adapter.model.spec for _, adapter in adapters}
@@ -122,13 +132,12 @@ def _run(arguments: argparse.Namespace) -> int:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
         preset = f" (preset {adapter.preset})" if adapter.preset else ""
         _say(console, f"{name} on {adapter.model.spec}{preset}: {settings}")
-        result = runs.run_adapter(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
-        folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
-        result.save(folder)
+        # Claimed before the run: of several at once each has a folder of its own, and nothing is overwritten.
+        with places.claimed(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name) as folder:
+            result = runs.run_adapter(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
+            result.save(folder)
         results.append(result)
-    Console().print(tta.compare(results))
-    _say(console, f"Results: {out}")
-    return 0
+    return results
 
 
 def _preflight(stream: "Stream", models: "Sequence[ImageClassifier]", console: Console, run: RunSettings) -> None:
@@ -144,15 +153,6 @@ def _preflight(stream: "Stream", models: "Sequence[ImageClassifier]", console: C
             warnings.simplefilter("ignore")  # it is printed instead
             found = tta.preflight(model, *clean)
         _say(console, f"{model.spec}: {found}", style="yellow" if found.problem else "")
-
-
-def _free(folder: Path) -> Path:
-    """The folder, or if it holds a result the first numbered sibling without one: nothing is overwritten."""
-    number, free = 1, folder
-    while (free / "result.json").exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
 
 
 # ---------------------------------------------------------------------- bench, tune
@@ -196,7 +196,15 @@ def _run_benchmark(described: "Benchmark", arguments: argparse.Namespace) -> int
         _say(console, f"[{done}/{total}] {cell.name}: {found}")
 
     _say(console, f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}")
-    summary = benchmark.run(described, rows, out, jobs=arguments.jobs, ray=arguments.ray, report=report)
+    summary = benchmark.run(
+        described,
+        rows,
+        out,
+        jobs=arguments.jobs,
+        ray=arguments.ray,
+        report=report,
+        say=lambda text: _say(console, text),
+    )
     _print_table(summary, arguments.format)
     _say(console, f"Results: {out}")
     return 1 if summary.problems else 0
@@ -234,9 +242,9 @@ def _source(arguments: argparse.Namespace) -> int:
     def progress(batches: Any) -> Any:
         return track(batches, "source images", console=console, transient=True, disable=not console.is_terminal)
 
-    statistics = runs.record(model, needs, images, request.run, progress=progress)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    statistics.save(arguments.out)
+    with places.tried(arguments.out, is_file=True):
+        statistics = runs.record(model, needs, images, request.run, progress=progress)
+        statistics.save(arguments.out)
     for entry in statistics.entries:
         at = f"{len(entry.need.layers)} layers, {entry.need.statistics} statistics"
         _say(console, f"{entry.need.kind} of {entry.images} images ({at})")
@@ -259,7 +267,7 @@ def _corrupt(arguments: argparse.Namespace) -> int:
     def progress(steps: Any, total: int) -> Any:
         return track(steps, "corrupting", total=total, console=console, disable=not console.is_terminal)
 
-    with usage_errors():
+    with places.tried(arguments.target), usage_errors():
         written = write_corrupted(
             arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
         )
@@ -326,6 +334,7 @@ def _plot(arguments: argparse.Namespace) -> int:
         if arguments.what not in known:
             near = config.nearest(arguments.what, known)
             raise config.ConfigError(f"No figure '{arguments.what}'.{near} There are: {', '.join(known)}.")
+    with places.tried(out, is_file=True), usage_errors():
         if arguments.what == "schedule":
             figure = plots.schedule(runs.make_stream(parse_request(arguments.words)))
         else:
