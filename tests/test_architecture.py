@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "tta.paths": "pooch",
     "tta.places": "",
     "tta.labels": "",
+    "tta.batches": "torch tta.labels",
     "tta.allocator": "",
     "tta.models": f"torch timm torchvision transformers safetensors tta.paths {BLOCKS}",
     "tta.source": f"torch safetensors {BLOCKS}",
@@ -42,8 +43,9 @@ MAY_IMPORT = {
     "tta.results": "torch torchmetrics numpy pandas pyarrow tta.places tta.functional tta.labels tta.adapter tta.config",
     "tta.report": "numpy pandas rich matplotlib tta.messages tta.datasets tta.results",
     "tta.progress": "lightning rich tta.messages tta.datasets",
-    "tta.callbacks": f"lightning torch tta.methods tta.datasets tta.results {ADAPTER}",
-    "tta.engine": f"lightning torch tta.labels tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress "
+    "tta.callbacks": f"lightning torch tta.batches tta.methods tta.datasets tta.results {ADAPTER}",
+    "tta.leftovers": f"torch tta.datasets {ADAPTER}",
+    "tta.engine": f"lightning torch tta.labels tta.batches tta.leftovers tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress "
     f"{ADAPTER}",
     "tta.benchmark": f"rich pandas yaml torch ray filelock tta tta.allocator tta.places tta.models tta.methods tta.datasets tta.results "
     f"tta.report tta.engine tta.config {ADAPTER}",

@@ -26,7 +26,8 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
     hold (tensors, callables) are taken as they are.
 
     Raises:
-        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or outside its range.
+        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or outside its range, or
+            a variable ``${...}``.
     """
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     given: dict[str, Any] = {}
@@ -37,6 +38,7 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
                     f"Key '{key}' not in '{kind.__name__}'.{nearest(key, names)} "
                     + (f"There are: {', '.join(names)}." if names else "It has no keys.")
                 )
+            _refuse_variables(kind, key, value)
             given[key] = value
     plain = {key: value for key, value in given.items() if isinstance(value, PLAIN)}
     objects = {key: value for key, value in given.items() if key not in plain}
@@ -47,6 +49,19 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
         where = f" (key '{culprit}')" if culprit else ""
         raise ConfigError(f"{kind.__name__}: {str(error).splitlines()[0]}{where}") from None
     return dataclasses.replace(config, **objects) if objects else config  # type: ignore[type-var]
+
+
+def _refuse_variables(kind: type[Any], key: str, value: Any) -> None:
+    """Refuse ``${...}``: OmegaConf would put in the value of an environment variable, and results would show it."""
+    parts = (
+        [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
+    )
+    for part in parts:
+        _refuse_variables(kind, key, part)
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{kind.__name__}: '{value}' is a variable, which settings do not take: write the value itself (key '{key}')."
+        )
 
 
 def _merge(kind: type[C], values: Mapping[str, Any]) -> C:
