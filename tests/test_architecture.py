@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "tta.messages": "",
     "tta.augment": f"torch torchvision {BLOCKS}",
     "tta.paths": "pooch",
+    "tta.places": "",
     "tta.labels": "",
+    "tta.batches": "torch tta.labels",
     "tta.allocator": "",
     "tta.models": f"torch timm torchvision transformers safetensors tta.paths {BLOCKS}",
     "tta.source": f"torch safetensors {BLOCKS}",
@@ -39,15 +41,16 @@ MAY_IMPORT = {
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
     "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
     "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
-    "tta.results": "torch torchmetrics numpy pandas pyarrow tta.functional tta.labels tta.adapter tta.config",
-    "tta.report": "numpy pandas rich matplotlib tta.datasets tta.results",
-    "tta.progress": "lightning rich tta.datasets",
-    "tta.callbacks": f"lightning torch tta.methods tta.datasets tta.results {ADAPTER}",
-    "tta.engine": f"lightning torch tta.labels tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress "
+    "tta.results": "torch torchmetrics numpy pandas pyarrow tta.places tta.functional tta.labels tta.adapter tta.config",
+    "tta.report": "numpy pandas rich matplotlib tta.messages tta.datasets tta.results",
+    "tta.progress": "lightning rich tta.messages tta.datasets",
+    "tta.callbacks": f"lightning torch tta.batches tta.methods tta.datasets tta.results {ADAPTER}",
+    "tta.leftovers": f"torch tta.datasets {ADAPTER}",
+    "tta.engine": f"lightning torch tta.labels tta.batches tta.leftovers tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress "
     f"{ADAPTER}",
-    "tta.benchmark": f"rich pandas yaml torch ray tta tta.allocator tta.models tta.methods tta.datasets tta.results "
+    "tta.benchmark": f"rich pandas yaml torch ray filelock tta tta.allocator tta.places tta.models tta.methods tta.datasets tta.results "
     f"tta.report tta.engine tta.config {ADAPTER}",
-    "tta.cli": f"rich tta tta.allocator tta.models tta.methods tta.datasets tta.results tta.report tta.benchmark "
+    "tta.cli": f"rich tta tta.allocator tta.places tta.models tta.methods tta.datasets tta.results tta.report tta.benchmark "
     f"tta.engine tta.config {ADAPTER}",
     "tta.__main__": "tta.cli",
     "tta": "tta.adapter tta.benchmark tta.datasets tta.engine tta.methods tta.models tta.report tta.results tta.source",

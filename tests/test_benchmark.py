@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import yaml
 
 import tta
 from tta import benchmark
-from tta.benchmark import Cell, Failure, cells, settings, workers
+from tta.benchmark import Cell, Failure, cells, claims, settings, workers
 from tta.cli import main
 from tta.config import ConfigError
 from tta.results import Result, Row
@@ -216,6 +217,142 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     left_over.mkdir()
     cells.write(tmp_path, cell, result())
     assert [path.name for path in tmp_path.iterdir()] == [cell.name]
+
+
+def test_what_a_live_process_is_writing_stays(tmp_path):
+    cell = Cell(method="tent", stream="digits-c")
+    host = socket.gethostname()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [f".{cell.name}.{host}.{os.getpid()}.0a1b2c3d", f".{cell.name}.elsewhere.1.0a1b2c3d"]
+    gone = [f".{cell.name}.{host}.{ended.pid}.0a1b2c3d", f".{cell.name}.{ended.pid}"]
+    for name in kept + gone:
+        (tmp_path / name).mkdir()
+    cells.write(tmp_path, cell, result())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, cell.name])
+
+
+WRITING = """
+import sys
+from pathlib import Path
+from tta.benchmark import Cell, Failure, cells
+from tta.results import Result, Row
+rows = tuple(Row(domain=name, samples=10, errors=n) for name, n in (("fog", 1), ("snow", 2)))
+fields = {"config": {}, "manifest": {}, "seconds": 1.0, "stream": "digits-c", "reset": "never"}
+result = Result(method="tent", seed=0, rows=rows, **fields)
+folder, seeds = Path(sys.argv[1]), range(30)
+print("ready", flush=True)
+sys.stdin.readline()
+for seed in seeds:
+    cell = Cell(method="tent", stream="digits-c", seed=seed)
+    cells.write(folder, cell, Failure("no luck"))
+    cells.write(folder, cell, result)
+    assert isinstance(cells.read(folder, cell), Result), seed
+"""
+
+
+def test_two_processes_write_the_same_cells(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen([sys.executable, "-c", WRITING, str(tmp_path)], **pipes) for _ in range(2)]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate()[1] for process in running] == ["", ""]
+    assert len(list(tmp_path.iterdir())) == 30  # and nothing lies about
+
+
+def test_two_benches_on_one_folder_share_the_work(tmp_path):
+    file, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    file.write_text(json.dumps(TINY))
+    command = [sys.executable, "-m", "tta", "bench", str(file), "--out", str(out), "--format", "csv", "--debug"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    printed = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed
+    assert printed[0][0] == printed[1][0]
+    assert "Traceback" not in printed[0][1] + printed[1][1]
+    assert len(list(out.glob("cells/*/result.json"))) == 6
+    assert [path.name for path in (out / "cells").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_cell_runs_in_one_process_and_the_other_waits_for_it(tmp_path, monkeypatch):
+    cell, other = (Cell(method="tent", stream="digits-c", seed=seed) for seed in (0, 1))
+    holder, said, ran = claims.Claims(tmp_path), [], []
+    assert holder.take(cell)
+
+    def say(text):
+        said.append(text)
+        cells.write(tmp_path, cell, result())
+        holder.free(cell)
+
+    def work(mine):
+        for one in mine:
+            ran.append(one)
+            yield one, result(seed=one.seed)
+
+    found = list(claims.shared([cell, other], tmp_path, work, say))
+    assert ran == [other]
+    assert found == [(other, result(seed=1)), (cell, result())]
+    assert said == [f"1 cell is run by process {os.getpid()} on {socket.gethostname()}: waiting for that."]
+
+
+def test_a_failure_by_another_process_is_taken_and_an_old_one_tried_again(tmp_path):
+    old, new = (Cell(method="tent", stream="digits-c", seed=seed) for seed in (0, 1))
+    cells.write(tmp_path, old, Failure("old"))
+
+    def work(mine):
+        cells.write(tmp_path, new, Failure("new"))  # by another process, after this one began
+        for one in mine:
+            yield one, result(seed=one.seed)
+
+    found = list(claims.shared([old, new], tmp_path, work, print))
+    assert found == [(old, result()), (new, Failure("new"))]
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from tta.benchmark import Cell
+from tta.benchmark.claims import Claims
+claims = Claims(Path(sys.argv[1]))
+print(claims.take(Cell(method="tent", stream="digits-c")), flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_cell_of_a_killed_process_is_taken_over(tmp_path):
+    cell = Cell(method="tent", stream="digits-c")
+    holding = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holding.stdout.readline() == "True\n"
+    said = []
+
+    def say(text):
+        said.append(text)
+        holding.kill()
+        holding.wait()
+
+    def work(mine):
+        return ((one, result()) for one in mine)
+
+    assert list(claims.shared([cell], tmp_path, work, say)) == [(cell, result())]
+    assert said == [f"1 cell is run by process {holding.pid} on {socket.gethostname()}: waiting for that."]
+    assert [path.name for path in tmp_path.iterdir()] == [cell.name]
+
+
+def test_workers_take_a_cell_only_when_there_is_room_for_it():
+    taken = []
+
+    def tasks():
+        for number in range(4):
+            taken.append(number)
+            yield f"{number} + 0"
+
+    found = workers.in_processes(eval, tasks(), jobs=2)
+    next(found)
+    assert taken == [0, 1]
+    assert len(list(found)) == 3
 
 
 def test_one_failed_cell_stops_no_other_and_is_tried_again(tmp_path, monkeypatch):

@@ -12,9 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tta
+from tta.benchmark import cells, runs
 from tta.benchmark.cells import Cell, run_cell
 from tta.cli import main
 from tta.cli.arguments import parse_request
+from tta.datasets import write
+from tta.results import Result
 
 QUICK = ["samples=20", "batch_size=10", "corruptions=[fog,contrast]"]
 
@@ -63,6 +66,69 @@ def test_a_second_run_overwrites_nothing(tmp_path):
     assert run("source", "--out", str(tmp_path)) == 0
     assert run("source", "--out", str(tmp_path)) == 0
     assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
+def test_runs_at_once_overwrite_nothing(tmp_path):
+    command = [sys.executable, "-m", "tta", "run", "digits-c", "norm", *QUICK, "--out", str(tmp_path / "out")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
+    printed = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], printed
+    found = sorted(file.parent.name for file in tmp_path.rglob("result.json"))
+    assert found == ["norm", "norm-2", "norm-3"]
+
+
+def test_two_runs_that_overlap_have_folders_of_their_own(tmp_path, monkeypatch):
+    save, begun = Result.save, []
+
+    def overlapping(result, folder):
+        begun.append(folder)
+        if len(begun) == 1:  # another process runs from beginning to end before this one writes
+            assert run("norm", "--out", str(tmp_path)) == 0
+        return save(result, folder)
+
+    monkeypatch.setattr(Result, "save", overlapping)
+    assert run("norm", "--out", str(tmp_path)) == 0
+    assert sorted(file.parent.name for file in tmp_path.rglob("result.json")) == ["norm", "norm-2"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", *QUICK, "source", "--out"],
+        ["bench", "ttab-mini", "--out"],
+        ["tune", "digits-c", "source", "--out"],
+        ["source", "digits-cnn", "digits-c", "eata", "-o"],
+        ["plot", "schedule", "digits-c", "-o"],
+        ["corrupt", "PICTURES"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_place_that_cannot_be_written_to_is_said_before_the_first_image(words, tmp_path, capsys, monkeypatch):
+    def too_late(*_, **__):
+        pytest.fail("an image was read")
+
+    for home, name in [(runs, "make_stream"), (runs, "record"), (cells, "run_cell"), (write, "write_corrupted")]:
+        monkeypatch.setattr(home, name, too_late)
+    (tmp_path / "file").write_text("")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    words = [str(pictures) if word == "PICTURES" else word for word in words]
+    assert main([*words, str(tmp_path / "file" / "x.png")]) == 1
+    printed = capsys.readouterr()
+    assert f"Nothing can be written to '{tmp_path / 'file' / 'x.png'}': '{tmp_path / 'file'}' is a file" in printed.err
+    assert printed.out == ""
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+    out = tmp_path / "[/] :smile: \x1b[2J"
+    assert run("source", "--out", str(out)) == 0
+    printed = capsys.readouterr()
+    assert "[/] :smile: \\x1b[2J\n" in printed.err  # in one line, though it is long
+    assert main(["table", str(tmp_path / "\x1b[2J")]) == 2
+    assert main(["diff", *map(str, [*out.rglob("result.json")] * 2)]) == 0
+    assert main(["plot", "heatmap", str(out), "-o", str(out / "h.svg")]) == 0
+    printed_later = capsys.readouterr()
+    assert "\x1b" not in printed.err + printed.out + printed_later.err + printed_later.out
 
 
 def test_table_reads_what_run_wrote(tmp_path, capsys):

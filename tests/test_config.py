@@ -1,6 +1,7 @@
 """Configurations: defaults <- preset <- overrides, by name and type."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +54,29 @@ def test_every_preset_fits_its_method(method):
 
 def test_plain_form_of_a_configuration_is_json():
     assert config.as_dict(OptimizerConfig())["betas"] == [0.9, 0.999]
+
+
+@dataclass
+class Settings:
+    name: str = ""
+    rate: float = 0.1
+    rest: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": "${oc.env:TTA_SECRET}"},
+        {"name": "/data/${oc.env:TTA_SECRET}/x"},
+        {"rate": "${oc.decode:${oc.env:TTA_SECRET}}"},
+        {"name": "${rate}"},
+        {"rest": {"root": ["${oc.env:TTA_SECRET}"]}},
+        {"rest": {"${oc.env:TTA_SECRET}": 1}},
+    ],
+)
+def test_variables_are_not_put_in(given, monkeypatch):
+    monkeypatch.setenv("TTA_SECRET", "0.5")
+    with pytest.raises(config.ConfigError, match="write the value itself") as error:
+        config.build(Settings, given)
+    assert "0.5" not in str(error.value)
+    assert config.build(Settings, {"name": "$5 {x} $HOME"}).name == "$5 {x} $HOME"

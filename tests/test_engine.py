@@ -2,16 +2,23 @@
 
 import subprocess
 import sys
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tta
+from tta import leftovers
+from tta.batches import images_and_labels
+from tta.datasets.stream import Schedule, Stream
 from tta.engine import AdaptCallback, OnlineModule, OnlineProgress, reset_period
 
 
@@ -282,3 +289,320 @@ def test_callback_names_the_modules_there_are(cnn, golden_images, golden_labels,
     loader = DataLoader(TensorDataset(golden_images[:16], golden_labels[:16]), batch_size=16)
     with pytest.raises(ValueError, match=r"no sub-module 'net'.*there are: model"):
         make_trainer(AdaptCallback("tent", attribute="net")).predict(Classifier(cnn), loader)
+
+
+# ---------------------------------------------------------------------- several processes, batches and models of others
+
+TWO_PROCESSES = """
+import lightning.pytorch as pl, torch, tta, sys
+from torch.utils.data import DataLoader, TensorDataset
+from tta.engine import AdaptCallback, OnlineModule
+
+class Mine(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = tta.load_model("digits-cnn")
+    def test_step(self, batch, _):
+        self.model(batch[0])
+
+if __name__ == "__main__":
+    loader = DataLoader(TensorDataset(torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)), batch_size=4)
+    module = Mine() if sys.argv[1] == "AdaptCallback" else OnlineModule(tta.adapt(tta.load_model("digits-cnn"), "norm"))
+    callbacks = [AdaptCallback("norm")] if sys.argv[1] == "AdaptCallback" else []
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=callbacks,
+                         enable_progress_bar=False, enable_checkpointing=False)
+    try:
+        trainer.test(module, loader, verbose=False)
+    except ValueError as error:
+        sys.stdout.write(f"REFUSED {error}\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="DDP on the CPU needs gloo")
+@pytest.mark.parametrize("what", ["OnlineModule", "AdaptCallback"])
+def test_several_processes_are_refused(what, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    command = [sys.executable, str(tmp_path / "two.py"), what]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+    said = f"REFUSED {what} adapts one model to one stream in one process; this Trainer has 2"
+    assert done.stdout.count(said) == 2, done.stderr  # each process says it, none goes on alone
+
+
+KEYS = [("pixel_values", "labels"), ("image", "label"), ("images", "labels"), ("img", "label")]
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+@pytest.mark.parametrize("keys", KEYS)
+def test_online_module_takes_mappings(cnn, golden_images, golden_labels, make_trainer, keys, kind):
+    samples = [
+        dict(zip(keys, sample, strict=True)) for sample in zip(golden_images[:64], golden_labels[:64], strict=True)
+    ]
+    loader = DataLoader(samples, batch_size=16, collate_fn=lambda found: kind(torch.utils.data.default_collate(found)))
+    pairs = DataLoader(TensorDataset(golden_images[:64], golden_labels[:64]), batch_size=16)
+    expected = make_trainer().test(OnlineModule(tta.adapt(cnn, "tent")), pairs, verbose=False)[0]["mean_error"]
+    module = OnlineModule(tta.adapt(cnn, "tent"))
+    assert make_trainer().test(module, loader, verbose=False)[0]["mean_error"] == expected
+    assert len(make_trainer().predict(module, loader)) == 4
+
+
+IMAGES = torch.zeros(4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind", "message"),
+    [
+        ({"pixels": IMAGES, "y": 1}, TypeError, "A batch is a dict with 'pixels', 'y'; expected images under one of"),
+        ([{"pixel_values": 1}], TypeError, "A batch is a list, its images a dict; expected images alone, a pair"),
+        (SimpleNamespace(images=IMAGES), TypeError, "A batch is a SimpleNamespace"),
+        (
+            {"image": IMAGES, "label": torch.zeros(4, 10)},
+            ValueError,
+            r"'label' have shape \(4, 10\) and dtype torch.float32",
+        ),
+        (
+            (IMAGES, torch.zeros(3, dtype=torch.long)),
+            ValueError,
+            r"'labels' have shape \(3,\).*one class for each of 4",
+        ),
+        ((IMAGES, ["cat", "dog", "cat", "dog"]), TypeError, "'labels' are a list; expected integers"),
+    ],
+)
+def test_batches_of_other_kinds_are_named(batch, kind, message):
+    with pytest.raises(kind, match=message):
+        images_and_labels(batch)
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3, 0], torch.tensor([[1], [2], [3], [0]]), torch.tensor([1, 2, 3, 0]).int()])
+def test_labels_are_integers_of_one_dimension(labels):
+    found = images_and_labels((IMAGES, labels))[1]
+    assert found.tolist() == [1, 2, 3, 0]
+    assert found.dtype == torch.int64
+    for unlabelled in ([IMAGES], {"image": IMAGES}, IMAGES):
+        assert images_and_labels(unlabelled)[1].tolist() == [-1] * 4
+
+
+@dataclass
+class Answer:
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+
+class ModelOutput(OrderedDict):
+    """As transformers' own: a mapping whose keys are attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+KINDS = {
+    "tensor": lambda logits: logits,
+    "namespace": lambda logits: SimpleNamespace(logits=logits, hidden=logits),
+    "dataclass": lambda logits: Answer(logits=logits, hidden=logits),
+    "namedtuple": lambda logits: namedtuple("Named", ["logits", "hidden"])(logits, logits),
+    "transformers": lambda logits: ModelOutput(logits=logits, hidden=logits),
+}
+
+
+class Answering(nn.Module):
+    """A classifier that is called by keyword and gives an object."""
+
+    def __init__(self, model, kind):
+        super().__init__()
+        self.model, self.kind, self.config = model, kind, SimpleNamespace(id2label={0: "zero"})
+
+    def forward(self, pixel_values=None, labels=None, return_dict=None, output_hidden_states=None):
+        return KINDS[self.kind](self.model(pixel_values))
+
+    def features(self, pixel_values):
+        return self.model(pixel_values)
+
+
+class Calling(pl.LightningModule):
+    def __init__(self, model, call):
+        super().__init__()
+        self.model, self.call, self.answers = model, call, []
+
+    def test_step(self, batch, batch_idx):
+        self.answers.append(self.call(self.model, *batch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, x, y: model(x),
+        lambda model, x, y: model(pixel_values=x),
+        lambda model, x, y: model(pixel_values=x, labels=y, return_dict=True, output_hidden_states=False),
+    ],
+    ids=["positional", "keyword", "transformers"],
+)
+def test_callback_is_called_and_answers_as_the_original(cnn, golden_images, golden_labels, make_trainer, kind, call):
+    loader = DataLoader(TensorDataset(golden_images[:32], golden_labels[:32]), batch_size=16)
+    plain = tta.adapt(cnn, "tent", lr=0.01)
+    expected = torch.cat([plain(x) for x, _ in loader])
+    module = Calling(Answering(cnn, kind), call)
+    make_trainer(AdaptCallback("tent", lr=0.01)).test(module, loader, verbose=False)
+    original = KINDS[kind](expected)
+    assert all(type(answer).__name__ == type(original).__name__ for answer in module.answers)
+    logits = [answer if kind == "tensor" else answer.logits for answer in module.answers]
+    assert torch.equal(torch.cat(logits), expected)
+    if kind not in ("tensor", "transformers"):
+        assert module.answers[0].hidden is None  # it would be of the source weights
+
+
+def test_callback_gives_the_loss_of_labels(cnn, golden_images, golden_labels, make_trainer):
+    loader = DataLoader(TensorDataset(golden_images[:16], golden_labels[:16]), batch_size=16)
+    module = Calling(Answering(cnn, "dataclass"), lambda model, x, y: model(pixel_values=x, labels=y))
+    make_trainer(AdaptCallback("norm")).test(module, loader, verbose=False)
+    expected = nn.functional.cross_entropy(module.answers[0].logits, golden_labels[:16])
+    assert torch.equal(module.answers[0].loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda m, x: m(x, output_hidden_states=True), TypeError, "was also given output_hidden_states"),
+        (lambda m, x: m(x, return_dict=False), TypeError, "was also given return_dict=False"),
+        (lambda m, x: m(x, x), TypeError, "was also given a second positional argument"),
+        (lambda m, x: m(pixels=x), TypeError, "Answering was called without images; got pixels"),
+        (lambda m, x: m.features(x), AttributeError, "'features' of the model would answer with its source weights"),
+    ],
+)
+def test_a_call_that_an_adapter_cannot_answer_is_refused(cnn, golden_images, make_trainer, call, kind, message):
+    module = Calling(Answering(cnn, "namespace"), lambda model, x: call(model, x))
+    loader = DataLoader(TensorDataset(golden_images[:16]), batch_size=16)
+    with pytest.raises(kind, match=message):
+        make_trainer(AdaptCallback("norm")).test(module, loader, verbose=False)
+    assert isinstance(module.model, Answering)
+
+
+def test_settings_of_the_original_can_be_read_while_it_is_adapted(cnn, golden_images, make_trainer):
+    module = Calling(Answering(cnn, "namespace"), lambda model, x: (model(x), model.config.id2label[0]))
+    make_trainer(AdaptCallback("norm")).test(module, DataLoader(TensorDataset(golden_images[:16])), verbose=False)
+    assert module.answers[0][1] == "zero"
+
+
+# ---------------------------------------------------------------------- weights of a checkpoint
+
+
+def other_weights(cnn):
+    other = type(cnn)()
+    torch.manual_seed(1)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return other
+
+
+def test_callback_adapts_the_weights_of_the_checkpoint(cnn, golden_images, golden_labels, make_trainer, tmp_path):
+    loader = DataLoader(TensorDataset(golden_images[:32], golden_labels[:32]), batch_size=16)
+    first = make_trainer()
+    first.predict(Classifier(cnn), loader)
+    first.save_checkpoint(tmp_path / "best.ckpt")
+    plain = tta.adapt(cnn, "tent", lr=0.01)
+    expected = torch.cat([plain(x) for x, _ in loader])
+    module, callback = Classifier(other_weights(cnn)), AdaptCallback("tent", lr=0.01)
+    module.train()
+    found = torch.cat(make_trainer(callback).predict(module, loader, ckpt_path=tmp_path / "best.ckpt"))
+    assert torch.equal(found, expected)
+    assert all(part.training for part in module.modules())  # the original is back in the modes that it had
+    assert torch.equal(module.model.fc.weight, cnn.fc.weight)
+    later = torch.cat(make_trainer(callback).predict(module, loader, ckpt_path=tmp_path / "best.ckpt"))
+    assert torch.equal(later, torch.cat([plain(x) for x, _ in loader]))  # the same weights: it goes on
+
+
+def test_callback_is_built_anew_for_other_weights_and_another_module(cnn, golden_images, golden_labels, make_trainer):
+    loader = DataLoader(TensorDataset(golden_images[:32], golden_labels[:32]), batch_size=16)
+    callback, module = AdaptCallback("tent", lr=0.01), Classifier(cnn)
+    make_trainer(callback).predict(module, loader)
+    before = callback.adapter
+    other = other_weights(cnn)
+    plain = tta.adapt(other, "tent", lr=0.01)
+    expected = torch.cat([plain(x) for x, _ in loader])
+    assert torch.equal(torch.cat(make_trainer(callback).predict(Classifier(other), loader)), expected)
+    assert callback.adapter is not before
+    with torch.no_grad():
+        other.fc.bias += 1  # trained further, in the same module
+    plain = tta.adapt(other, "tent", lr=0.01)
+    expected = torch.cat([plain(x) for x, _ in loader])
+    assert torch.equal(torch.cat(make_trainer(callback).predict(Classifier(other), loader)), expected)
+
+
+# ---------------------------------------------------------------------- leftover batches
+
+
+class Neck(nn.Module):
+    """A BatchNorm layer behind the pooling: one value per channel and image."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm1d(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x).relu().mean((2, 3))))
+
+
+def leftover_stream(golden_images, golden_labels, sizes, **settings):
+    starts = [100 * number for number in range(len(sizes))]
+    parts = zip(starts, sizes, strict=True)
+    data = {f"d{a}": TensorDataset(golden_images[a : a + n], golden_labels[a : a + n]) for a, n in parts}
+    return tta.stream(data, batch_size=8, **settings)
+
+
+@pytest.mark.parametrize("reset", ["never", "domain"])
+@pytest.mark.parametrize("method", ["norm", "tent"])
+def test_a_leftover_that_is_too_small_joins_the_batch_before_it(golden_images, golden_labels, method, reset):
+    stream = leftover_stream(golden_images, golden_labels, [17, 8, 9])
+    found = tta.evaluate(tta.adapt(Neck(), method), stream, reset=reset, progress=False)
+    assert found.predictions.batch.tolist() == [0] * 8 + [1] * 9 + [2] * 8 + [3] * 9
+    assert found.manifest["leftovers_joined"] == 2
+    plain, logits = tta.adapt(Neck(), method), []
+    for domain, sizes in zip(stream.domains, ([8, 9], [8], [9]), strict=True):
+        if reset == "domain":
+            plain.reset()
+        logits += [plain(x) for x in domain.images(torch.arange(sum(sizes))).split(sizes)]
+    assert found.predictions.prediction.tolist() == torch.cat(logits).argmax(1).tolist()
+    kept = {**found.manifest, "leftovers_joined": None}
+    assert kept["data"] == stream.describe()  # the order and its hash are those of the stream
+
+
+def test_a_leftover_that_the_method_takes_stays(cnn, golden_images, golden_labels):
+    stream = leftover_stream(golden_images, golden_labels, [9, 10])
+    for adapter in (tta.adapt(cnn, "tent"), tta.adapt(Neck(), "source")):
+        found = tta.evaluate(adapter, stream, progress=False)
+        assert found.predictions.batch.tolist() == [0] * 8 + [1] + [2] * 8 + [3] * 2
+        assert "leftovers_joined" not in found.manifest
+
+
+def test_leftovers_stay_where_that_is_asked_for(golden_images, golden_labels):
+    stream = leftover_stream(golden_images, golden_labels, [9])
+    with pytest.raises(ValueError, match="single value per channel"):
+        tta.evaluate(tta.adapt(Neck(), "norm"), stream, progress=False, leftover="keep")
+    with pytest.raises(ValueError, match="leftover is one of 'join', 'keep'; got 'drop'"):
+        tta.evaluate(tta.adapt(Neck(), "norm"), stream, progress=False, leftover="drop")
+
+
+def test_the_trial_of_a_leftover_teaches_nothing(golden_images, golden_labels):
+    stream = leftover_stream(golden_images, golden_labels, [9])
+    adapter = tta.adapt(Neck(), "tent")
+    before = adapter.state_dict()
+    _, joined = leftovers.joined(stream, adapter)
+    assert joined == 1
+    assert all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
+
+
+def test_a_leftover_of_a_mixed_stream_joins_and_images_that_are_only_predicted_teach_nothing(
+    golden_images, golden_labels
+):
+    mixed = leftover_stream(golden_images, golden_labels, [8, 9], protocol="mixed")
+    assert (
+        tta.evaluate(tta.adapt(Neck(), "norm"), mixed, progress=False).predictions.batch.tolist() == [0] * 8 + [1] * 9
+    )
+    plain = leftover_stream(golden_images, golden_labels, [9])
+    held = Schedule(plain.order, (8, 1), 8, (False, True))
+    joined, _ = leftovers.joined(Stream("x", plain.domains, batch_size=8, schedule=held), tta.adapt(Neck(), "norm"))
+    assert [(plan.samples, plan.paused) for plan in joined.schedule()] == [(9, True)]

@@ -9,6 +9,7 @@ import pytest
 
 import tta
 from tta.cli import main
+from tta.messages import plain
 from tta.report import figures
 from tta.report.page import html_page
 
@@ -181,3 +182,13 @@ def test_command_line_draws_and_names_what_there_is(results, tmp_path, capsys):
 def test_unknown_numbers_do_not_count():
     assert figures._mean_of([math.nan, 2.0, 4.0]) == 3.0
     assert math.isnan(figures._mean_of([math.nan]))
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "_hidden", "a\x1b[2J", "a\nb"])
+def test_names_of_others_are_drawn_as_they_are(results, name):
+    named = [dataclasses.replace(result, method=name) for result in results[:2]]
+    page = html_page(tta.compare(named), named)
+    assert page.count("<figure>") == 4
+    assert "\x1b" not in page
+    axes = figures.curve(named).axes[0]
+    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == [plain(name).replace("$", "\\$")]

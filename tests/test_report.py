@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import tta
+from tta.report.tables import FORMATS, csv_cell, html, markdown, terminal
 from tta.results import Predictions, Result, Row
 
 
@@ -155,3 +156,77 @@ def test_metrics_inside_others_are_named_with_dots():
     run = make("source", [[1, 0]] * 2, metrics={"collapse": {"last": {"entropy": 0.5}}, "forwards": 120000})
     table = tta.compare([run], metrics=["collapse.last.entropy", "forwards"])
     assert "| 0.500 | 120000 |" in table.to_markdown()
+
+
+HOSTILE = (
+    "\x1b[2J\x1b]0;x\x07$x^2$ \\input{/etc/passwd} <script>alert(1)</script> [bold]a[/] [/] `b` | c\nd\u202e :smile: %"
+)
+AS_NAMES = ["method", "stream", "domain", "setting", "reset"]
+
+
+def hostile(where, name):
+    """A source run and another one in which a name is someone else's."""
+    changes = {"method": "tent", "stream": "toy-c", "reset": "never", "domain": "fog", where: name}
+    settings = {name: name} if where == "setting" else {}
+    rows = (Row(domain=changes["domain"], samples=4, errors=1), Row(domain="snow", samples=4, errors=2))
+    common = {
+        "rows": rows,
+        "manifest": {"model": {"spec": "toy"}, "data": {"settings": settings}},
+        "stream": changes["stream"],
+        "reset": changes["reset"],
+        "seed": 0,
+        "config": {},
+        "seconds": 1.0,
+        "skipped_updates": 3,
+    }
+    return [Result(method=method, **common) for method in ("source", changes["method"])]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("where", AS_NAMES)
+def test_names_of_others_stand_in_a_table_as_they_are(where, kind):
+    runs = hostile(where, HOSTILE)
+    # A setting is in a column only where runs differ in it.
+    others = hostile("seed", 0) if where in ("stream", "setting", "reset") else []
+    text = tta.compare([*runs, *others]).format(kind)
+    assert not any(sign in text for sign in ("\x1b", "\x07", "\u202e"))
+    forbidden = {
+        "terminal": ("\U0001f604",),
+        "markdown": ("<script", "c\nd", " `b` | c"),
+        "latex": ("\\input{", "$x^2$", "c\nd"),
+        "csv": (),
+        "html": ("<script",),
+    }
+    assert not any(sign in text for sign in forbidden[kind])
+    shown = {"markdown": "&lt;script&gt;", "latex": "textbackslash{}input", "csv": "\\input{", "html": "&lt;script&gt;"}
+    assert shown.get(kind, "") in text
+
+
+def test_a_terminal_shows_markup_in_a_name_as_text():
+    text = tta.compare(hostile("domain", "[bold]a[/] [/] :smile:")).to_text()
+    assert "[bold]a[/] [/] :smile:" in text
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+cmd|' /C calc'!A0", "@SUM(A1)", "-2+3", " =1"])
+def test_csv_names_are_no_formulas(name):
+    for where in ("method", "domain"):
+        rows = list(csv.reader(io.StringIO(tta.compare(hostile(where, name)).to_csv())))
+        cells = [cell for row in rows for cell in row]
+        assert not any(cell.lstrip().startswith(tuple("=+-@")) for cell in cells if not _is_number(cell))
+        assert any(cell.startswith("'") for cell in cells)
+
+
+def test_csv_keeps_negative_numbers_and_dashes():
+    assert [csv_cell(value) for value in ("-1.5", "-", -2.0, None, "+3")] == ["-1.5", "-", -2.0, None, "+3"]
+
+
+def _is_number(text):
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["plain", "my_method lr=0.1", "gaussian_noise", "vs source: 3.5 %"])
+def test_plain_names_are_not_changed(name):
+    assert markdown(name) == html(name) == csv_cell(name) == terminal(name).plain == name

@@ -159,3 +159,24 @@ def test_a_table_of_means_and_metrics_sorted_by_error():
     assert first.endswith(" | 20 | - |")
     down = [line.split()[0] for line in table.to_text(80).splitlines() if line.startswith(("tent", "norm", "source"))]
     assert down == ["tent", "norm", "source"]
+
+
+REASON = "no luck [/] \x1b[2J <script> \\input{x}\n| :smile: =1"
+
+
+@pytest.mark.parametrize(
+    ("kind", "forbidden"),
+    [
+        ("terminal", ["\U0001f604"]),
+        ("markdown", ["<script>", "\n| :smile:"]),
+        ("latex", ["\\input{", "\n| :smile:"]),
+        ("csv", ["\n| :smile:"]),
+        ("html", ["<script>"]),
+    ],
+)
+def test_reasons_and_names_of_others_stand_in_a_table_as_they_are(kind, forbidden):
+    rows = entries(models=["timm:[/]<script>\\input{x}"])
+    found = outcomes(rows, tent=1) | {cell.name: Failure(REASON) for cell in benchmark.in_order(rows)[:1]}
+    text = summary.summarise(rows, found).format(kind)
+    assert not any(sign in text for sign in ["\x1b", *forbidden])
+    assert "no luck" in text

@@ -27,7 +27,8 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
     hold (tensors, callables) are taken as they are.
 
     Raises:
-        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or outside its range.
+        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or outside its range, or
+            a variable ``${...}``.
     """
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     given: dict[str, Any] = {}
@@ -38,6 +39,7 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
                     f"Key '{key}' not in '{kind.__name__}'.{nearest(key, names)} "
                     + (f"There are: {', '.join(names)}." if names else "It has no keys.")
                 )
+            _refuse_variables(kind, key, value)
             given[key] = value
     given = {key: _number(value) for key, value in given.items()}
     plain = {key: value for key, value in given.items() if isinstance(value, PLAIN)}
@@ -55,6 +57,19 @@ def _number(value: Any) -> Any:
     """A NumPy or torch scalar as a Python number; anything else as it is."""
     is_scalar = type(value) not in PLAIN and getattr(value, "shape", None) == () and hasattr(value, "item")
     return value.item() if is_scalar else value
+
+
+def _refuse_variables(kind: type[Any], key: str, value: Any) -> None:
+    """Refuse ``${...}``: OmegaConf would put in the value of an environment variable, and results would show it."""
+    parts = (
+        [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else []
+    )
+    for part in parts:
+        _refuse_variables(kind, key, part)
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{kind.__name__}: '{value}' is a variable, which settings do not take: write the value itself (key '{key}')."
+        )
 
 
 def _merge(kind: type[C], values: Mapping[str, Any]) -> C:

@@ -22,9 +22,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tta import methods
+from tta import leftovers, methods
 from tta.adapter import Adapter, Output
-from tta.callbacks import AdaptCallback, Consistency, SourceError
+from tta.batches import images_and_labels
+from tta.callbacks import AdaptCallback, Consistency, SourceError, refuse_processes
 from tta.config import as_dict
 from tta.datasets.domains import to_float
 from tta.datasets.stream import Batch, Stream
@@ -36,6 +37,7 @@ from tta.results.record import Record
 
 __all__ = ["AdaptCallback", "Consistency", "OnlineModule", "OnlineProgress", "evaluate", "measure_cost", "reset_period"]
 
+LEFTOVERS = ("join", "keep")
 PRECISIONS = ("32-true", "bf16-mixed")
 # A measured cost up to this much above a whole number counts as that number: the rest is noise of the clock, and a
 # method that only predicts must not miss batches.
@@ -56,6 +58,7 @@ def evaluate(
     num_workers: int = 0,
     clean: Stream | None = None,
     oracle_steps: int = 0,
+    leftover: str = "join",
 ) -> Result:
     """Online error of an adapter on a stream: every sample predicted once, when it arrives.
 
@@ -82,6 +85,10 @@ def evaluate(
             by the labels counts (most correct, then lowest cross-entropy), and the adapter continues from that step. This
             is the oracle of Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023; no deployment has the labels.
             The adapter itself sees no label.
+        leftover: ``"join"``: a leftover batch (the last of a domain or of the stream, at most a quarter of a batch or a
+            single image) that the method cannot take, such as one image where a BatchNorm layer would see one value per
+            channel, joins the batch before it. Whether it can is tried before the run, on a copy; the manifest says how
+            many joined. All other batches are as they were. ``"keep"``: no batch is changed.
 
     Returns:
         The errors per domain, with a manifest to reproduce them. ``result.metrics`` holds, beside
@@ -93,7 +100,7 @@ def evaluate(
         * ``source_error_before``, ``source_error_after``: in percent, with ``clean``.
 
     Raises:
-        ValueError: an unknown reset or cost, a precision that is not supported, or ``oracle_steps`` below 0.
+        ValueError: an unknown reset, cost or ``leftover``, a precision that is not supported, or ``oracle_steps`` below 0.
         SystemExit: the run was stopped by SIGTERM or Ctrl+C.
     """
     if precision not in PRECISIONS:
@@ -101,7 +108,13 @@ def evaluate(
             f"precision is one of {', '.join(PRECISIONS)}; got {precision!r}. Steps of 16-mixed would be unscaled, and "
             "steps of 1e-4 vanish in weights that are themselves 16 bits wide."
         )
-    device = adapter.device
+    if leftover not in LEFTOVERS:
+        raise ValueError(f"leftover is one of {', '.join(map(repr, LEFTOVERS))}; got {leftover!r}.")
+    device, joined = adapter.device, 0
+    if leftover == "join":
+        with isolate_rng():
+            stream, joined = leftovers.joined(stream, adapter)
+            clean = None if clean is None else leftovers.joined(clean, adapter, paused=True)[0]
     forgetting = [] if clean is None else [SourceError(clean, num_workers)]
     with _quiet(), isolate_rng():
         pl.seed_everything(stream.seed, verbose=False)
@@ -135,7 +148,10 @@ def evaluate(
         reset=module.reset,
         rows=tuple(_rows([domain.name for domain in stream.domains], predictions)),
         config=as_dict(adapter.config),
-        manifest=_manifest(module, stream, clean, precision, oracle_steps),
+        manifest={
+            **_manifest(module, stream, clean, precision, oracle_steps),
+            **({"leftovers_joined": joined} if joined else {}),
+        },
         seconds=module.seconds,
         skipped_updates=module.skipped_updates,
         metrics={**module.metrics, **(forgetting[0].errors if forgetting else {})},
@@ -246,8 +262,11 @@ def _wait_for(device: torch.device) -> None:
 class OnlineModule(pl.LightningModule):
     """An adapter as a LightningModule, for ``Trainer.test`` and ``Trainer.predict`` of your own.
 
-    A loader may give :class:`~tta.datasets.Batch` objects, pairs ``(images, labels)``, or in ``predict`` images alone.
+    A loader may give :class:`~tta.datasets.Batch` objects, pairs ``(images, labels)``, mappings of Hugging Face with
+    ``pixel_values`` (or ``images``, ``image``, ``img``) and ``labels`` (or ``label``), or in ``predict`` images alone.
     Only images reach the adapter. ``test_step`` returns the logits to callbacks as ``outputs["logits"]``.
+
+    One process adapts to the whole stream: a Trainer with several is refused with a ValueError.
 
     Args:
         adapter: made by :func:`tta.adapt`.
@@ -303,14 +322,16 @@ class OnlineModule(pl.LightningModule):
         if isinstance(batch, Batch):
             images, labels, domain, index = batch
         else:
-            images = batch if isinstance(batch, Tensor) else batch[0]
-            labels = torch.full((len(images),), UNKNOWN) if isinstance(batch, Tensor) else batch[1]
+            images, labels = images_and_labels(batch)
             first = self._record.samples
             domain = torch.full((len(images),), dataloader_idx)
             index = torch.arange(first, first + len(images))
         here = Batch(images.to(device, non_blocking=True), labels, domain, index)
         here = here if self.finish is None else self.finish(here)
         return here._replace(images=to_float(here.images))
+
+    def setup(self, stage: str) -> None:
+        refuse_processes(self.trainer, type(self).__name__)
 
     def on_test_start(self) -> None:
         self._begin()

@@ -1,6 +1,7 @@
-"""Parts of error messages: what was given, what was expected, the name that was probably meant."""
+"""Parts of messages: what was given, what was expected, the name that was probably meant; names that others chose."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -14,3 +15,24 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the choice most similar to ``word``; empty if none is similar."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+# Control and format characters (terminal escapes, text that runs backwards), halves of pairs, ends of lines.
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def plain(text: str, *, lines: bool = False) -> str:
+    """A text of someone else's as one that can be printed: characters that would not be seen stand as their codes.
+
+    A result, a file or a folder may be called anything. Printed as they are, control characters move the cursor, set the
+    title of the window, or end a line and begin one that looks like ours.
+
+    Args:
+        text: such as ``"a\\x1b[2J"``.
+        lines: keep ends of lines, for a text of several.
+    """
+    kept = "\n" if lines else ""
+    return "".join(
+        letter if letter in kept or unicodedata.category(letter) not in UNSEEN else repr(letter)[1:-1]
+        for letter in text
+    )

@@ -6,9 +6,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tta.datasets.stream import Stream
+from tta.messages import plain
 
 
 class OnlineProgress(ProgressBar):
@@ -42,7 +44,7 @@ class OnlineProgress(ProgressBar):
         self._bar.update(
             self._task,
             completed=batch_idx + 1,
-            description=self._stream.domains[int(batch.domain[0])].name,
+            description=escape(plain(self._stream.domains[int(batch.domain[0])].name)),
             status=f"online error {error}, {self._images / (now - self._started):.0f} images/s",
             refresh=True,
         )

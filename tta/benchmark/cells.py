@@ -7,7 +7,10 @@ import json
 import os
 import re
 import shutil
+import socket
+import sys
 import traceback
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -131,7 +134,10 @@ def _stream(described: str) -> "Stream":
 
 def read(folder: Path, cell: Cell) -> Outcome | None:
     """The outcome of a cell on disk: its result or its failure. None if missing, incomplete or of another description."""
-    home = folder / cell.name
+    return _read(folder / cell.name, cell)
+
+
+def _read(home: Path, cell: Cell) -> Outcome | None:
     try:
         if json.loads((home / "cell.json").read_text(encoding="utf-8")) != cell.describe():
             return None
@@ -143,24 +149,69 @@ def read(folder: Path, cell: Cell) -> Outcome | None:
 
 
 def write(folder: Path, cell: Cell, outcome: Outcome) -> None:
-    """Write a cell's outcome atomically: into a folder beside it, which is then renamed.
+    """Write a cell's outcome atomically: into a folder beside it, which is then renamed. Any number of processes may.
 
     A result that is there already stays: it is of the same description.
     """
+    part = _beside(folder, cell)
+    try:
+        part.mkdir(parents=True)
+        (part / "cell.json").write_text(json.dumps(cell.describe(), indent=2) + "\n", encoding="utf-8")
+        if isinstance(outcome, Failure):
+            text = json.dumps(dataclasses.asdict(outcome), indent=2)
+            (part / "failed.json").write_text(text + "\n", encoding="utf-8")
+        else:
+            outcome.save(part)
+        _place(part, folder, cell)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # gone, if it has become the cell's folder
+    for left_over in folder.glob(f".{glob.escape(cell.name)}.*"):
+        if left_over.is_dir() and _is_abandoned(left_over, cell):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _beside(folder: Path, cell: Cell) -> Path:
+    """A new name for a folder beside the cell's, which says the process that writes it."""
+    return folder / f".{cell.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+
+
+def _place(part: Path, folder: Path, cell: Cell) -> None:
+    """Rename what was written to the cell's folder, unless a result is there."""
     home = folder / cell.name
-    part = folder / f".{cell.name}.{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    (part / "cell.json").write_text(json.dumps(cell.describe(), indent=2) + "\n", encoding="utf-8")
-    if isinstance(outcome, Failure):
-        text = json.dumps(dataclasses.asdict(outcome), indent=2)
-        (part / "failed.json").write_text(text + "\n", encoding="utf-8")
-    else:
-        outcome.save(part)
-    if isinstance(read(folder, cell), Result):
-        shutil.rmtree(part)
-    else:
-        shutil.rmtree(home, ignore_errors=True)
-        os.replace(part, home)
-    for left_over in folder.glob(f".{glob.escape(cell.name)}.*"):  # a process was killed while writing
-        shutil.rmtree(left_over, ignore_errors=True)
+    while not isinstance(read(folder, cell), Result):
+        try:
+            os.rename(part, home)
+        except OSError:
+            if not home.exists() and part.exists():
+                raise  # nothing was in the way
+        else:
+            return
+        aside = _beside(folder, cell)
+        try:
+            os.rename(home, aside)  # a failure, or something incomplete
+        except FileNotFoundError:  # another process did
+            continue
+        if isinstance(_read(aside, cell), Result) and not home.exists():  # finished by another process meanwhile
+            os.rename(aside, home)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_abandoned(part: Path, cell: Cell) -> bool:
+    """Whether the process that wrote an unfinished part was killed; of other machines that cannot be known."""
+    words = part.name.removeprefix(f".{cell.name}.").split(".")
+    if words[-1].isdigit() and len(words) == 1:  # as earlier versions called it: the process alone
+        return not _is_alive(int(words[0]))
+    *host, process, _ = words if len(words) > 2 else ("", "", "")
+    return ".".join(host) == socket.gethostname() and process.isdigit() and not _is_alive(int(process))
+
+
+def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":  # there signal 0 is Ctrl+C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

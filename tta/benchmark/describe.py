@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tta import config
-from tta.benchmark import cells, workers
+from tta import config, places
+from tta.benchmark import cells, claims, workers
 from tta.benchmark.cells import Cell, Outcome
 from tta.benchmark.selection import WAYS, Candidate, TableRow
 from tta.benchmark.settings import OF_MODEL, SHARED, SharedSettings, as_arguments
@@ -330,6 +330,8 @@ def bench(
 ) -> Summary:
     """Run a benchmark and sum it up. After an interruption, the same call runs only the cells that are not finished.
 
+    Several processes on one folder share the work: each cell is run by one, and all give the whole table.
+
     Args:
         what: a name of ``tta list benchmarks``, a YAML file, or a dictionary with the fields of :class:`Benchmark`.
         out: folder of the cells; left out, ``runs/NAME``. Several benchmarks may share one.
@@ -344,6 +346,7 @@ def bench(
     Raises:
         ConfigError: a description with unknown names or values that do not fit, or ``jobs`` together with ``ray``.
         ImportError: Ray is asked for and not installed.
+        OSError: nothing can be written to ``out``.
 
     Example:
         >>> import tta
@@ -361,29 +364,34 @@ def run(
     jobs: int = 1,
     ray: str | None = None,
     report: Report | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Summary:
-    """Run the unfinished cells of a benchmark's rows and sum up all rows; arguments are those of :func:`bench`."""
+    """Run the unfinished cells of a benchmark's rows and sum up all rows; arguments are those of :func:`bench`.
+
+    ``say`` is told if cells are run by another process on the same folder, which are waited for.
+    """
     if jobs < 1 or (ray and jobs > 1):
         raise config.ConfigError(
             f"jobs is 1 or more, and 1 on a cluster, where Ray decides; got jobs={jobs}, ray={ray!r}."
         )
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     described = dataclasses.asdict(benchmark)
     text = yaml.safe_dump({key: described[key] for key in KEYS}, sort_keys=False)
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    with places.tried(folder):
+        places.write(folder / DESCRIPTION, lambda file: file.write(text.encode()))
     todo = in_order(rows)
     found = {cell.name: cells.read(folder / CELLS, cell) for cell in todo}
     outcomes: dict[str, Outcome] = {name: outcome for name, outcome in found.items() if isinstance(outcome, Result)}
     left = [cell for cell in todo if cell.name not in outcomes]
-    if ray:
-        done = workers.over_ray(cells.run_cell, left, ray)
-    elif jobs > 1 and len(left) > 1:
-        done = workers.in_processes(cells.run_cell, left, jobs)
-    else:
-        done = workers.here(cells.run_cell, left)
-    for cell, outcome in done:
-        cells.write(folder / CELLS, cell, outcome)
+
+    def work(mine: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
+        if ray:
+            return workers.over_ray(cells.run_cell, mine, ray)
+        if jobs > 1 and len(left) > 1:
+            return workers.in_processes(cells.run_cell, mine, jobs)
+        return workers.here(cells.run_cell, mine)
+
+    for cell, outcome in claims.shared(left, folder / CELLS, work, say or (lambda _: None)):
         outcomes[cell.name] = outcome
         if report:
             report(cell, outcome, len(outcomes), len(todo))

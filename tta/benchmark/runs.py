@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tta import config
 from tta.benchmark.settings import OF_ENGINE, OF_MODEL, RunSettings, as_arguments
+from tta.messages import plain
 from tta.report.tables import BASELINE
 
 if TYPE_CHECKING:
@@ -69,9 +70,8 @@ def _calibration(request: Request) -> dict[str, Any]:
     spec, console = model_specs(request)[0], Console(stderr=True)
     model = source_model(spec, request, None)
     to_device(model, request.run)
-    console.print(
-        f"No accuracy matrix given: calibrating on {spec}; the protocol is called ccc-style.", highlight=False
-    )
+    said = f"No accuracy matrix given: calibrating on {plain(spec)}; the protocol is called ccc-style."
+    console.print(said, highlight=False, markup=False)
 
     def progress(pairs: Sequence[Any]) -> Iterable[Any]:
         return track(pairs, "calibrating", console=console, transient=True, disable=not console.is_terminal)

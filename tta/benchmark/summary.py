@@ -1,7 +1,6 @@
 """The table of a benchmark: mean and standard deviation over seeds, grouped by protocol and by way of selection."""
 
 import dataclasses
-import html
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from tta.benchmark.cells import Cell, Failure, Outcome
 from tta.benchmark.selection import WAYS, Candidate, TableRow, select
+from tta.messages import plain
 from tta.report import tables
 from tta.report.tables import BASELINE, MEAN, ResultTable
 from tta.results import Result
@@ -193,10 +194,10 @@ class Summary(ResultTable):
         for section in self.sections:
             head = self._header(section)
             align = [":--" if name in ("method", "selected") else "--:" for name in head]
-            rows = self._rows(section, "**{}**".format, "<u>{}</u>".format, str, " ± ")
-            lines = [tables.markdown_row(row) for row in [head, align, *rows]]
-            blocks.append("\n".join([f"**{section.title}**", "", *lines]))
-        return "\n\n".join([*blocks, *self._remarks()]) + "\n"
+            rows = self._rows(section, "**{}**".format, "<u>{}</u>".format, tables.markdown, " ± ")
+            lines = [tables.markdown_row(row) for row in [list(map(tables.markdown, head)), align, *rows]]
+            blocks.append("\n".join([f"**{tables.markdown(section.title)}**", "", *lines]))
+        return "\n\n".join([*blocks, *map(tables.markdown, self._remarks())]) + "\n"
 
     def to_latex(self) -> str:
         """One LaTeX table (booktabs) per section; a column's lowest error is bold, the second underlined."""
@@ -209,41 +210,43 @@ class Summary(ResultTable):
             names = tables.latex_row([tables.latex(name) for name in head])
             body = ["\\toprule", title, "\\midrule", names, "\\midrule", *map(tables.latex_row, rows), "\\bottomrule"]
             blocks.append("\n".join([f"\\begin{{tabular}}{{{columns}}}", *body, "\\end{tabular}"]))
-        return "\n\n".join(["\n".join(f"% {remark}" for remark in self._remarks()), *blocks]) + "\n"
+        return "\n\n".join(["\n".join(map(tables.latex_comment, self._remarks())), *blocks]) + "\n"
 
     def to_html(self) -> str:
         """One HTML table per section, then notes and problems; :mod:`tta.report.page` makes a page of it."""
         parts = []
         for section in self.sections:
-            head = "".join(f"<th>{html.escape(name)}</th>" for name in self._header(section))
-            rows = self._rows(section, "<b>{}</b>".format, "<u>{}</u>".format, html.escape, " ±&nbsp;")
+            head = "".join(f"<th>{tables.html(name)}</th>" for name in self._header(section))
+            rows = self._rows(section, "<b>{}</b>".format, "<u>{}</u>".format, tables.html, " ±&nbsp;")
             body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-            title = html.escape(section.title)
+            title = tables.html(section.title)
             parts.append(f'<h3>{title}</h3>\n<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>')
-        return "\n".join([*parts, *(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())]) + "\n"
+        return "\n".join([*parts, *(f"<p>{tables.html(remark)}</p>" for remark in self._remarks())]) + "\n"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for section in self.sections:
-            yield Text(f"Online error in %: {section.title}", style="bold")
+            yield tables.terminal(f"Online error in %: {section.title}", style="bold")
             yield from (
                 self._methods_across(section, options.max_width) if section.columns else [self._methods_down(section)]
             )
         for remark in self._remarks():
-            yield Text(remark, style="dim")
+            yield tables.terminal(remark, style="dim")
 
     def _methods_down(self, section: Section) -> Table:
         """One line per method, for a section with the mean as its only column."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
         for number, name in enumerate(self._header(section)):
-            table.add_column(name.replace("_", " "), justify="right" if number else "left", no_wrap=number == 0)
+            heading = tables.terminal(name.replace("_", " "))
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
         for line in self._marked(section):
-            table.add_row(*map(Text.from_markup, line))
+            table.add_row(*map(_styled, line))
         return table
 
     def _methods_across(self, section: Section, width: int) -> Iterator[Table]:
         """One column per method, domains down; methods that do not fit side by side go into further tables."""
-        head, *rows = zip(self._header(section, short=False), *self._marked(section), strict=True)
-        first = max(len(str(row[0])) for row in rows)
+        names = map(plain, self._header(section, short=False))
+        head, *rows = zip(names, *self._marked(section), strict=True)
+        first = max(len(row[0]) for row in rows)
         words = max(len(word) for cells in [head, *rows] for cell in cells[1:] for word in _bare(cell).split())
         size = max(13, min(words, 16))
         across = max(1, (width - first - 2) // (size + 2))
@@ -251,9 +254,9 @@ class Summary(ResultTable):
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
             table.add_column("domain" if len(section.columns) > 1 else "", no_wrap=True, width=first)
             for name in head[start : start + across]:
-                table.add_column(Text.from_markup(name, justify="right"), justify="right", width=size, overflow="fold")
+                table.add_column(_styled(name, justify="right"), justify="right", width=size, overflow="fold")
             for row in rows:
-                table.add_row(Text(row[0]), *(Text.from_markup(cell) for cell in row[start : start + across]))
+                table.add_row(Text(row[0]), *map(_styled, row[start : start + across]))
             yield table
 
     def _marked(self, section: Section) -> Iterator[list[str]]:
@@ -441,8 +444,12 @@ def _plain(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    return text.replace("[", "\\[")
+    return escape(plain(text))
+
+
+def _styled(markup: str, **options: Any) -> Text:
+    return Text.from_markup(markup, emoji=False, **options)
 
 
 def _bare(markup: str) -> str:
-    return Text.from_markup(markup).plain
+    return _styled(markup).plain

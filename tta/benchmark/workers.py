@@ -1,7 +1,8 @@
 """Workers: cells run in this process, in processes of this machine, or on a Ray cluster. One failed cell stops no other.
 
 Each of the three functions takes a task and cells, and yields pairs (cell, outcome) as they finish. Workers return their
-outcomes and the caller writes them, so that a cluster needs no shared file system.
+outcomes and the caller writes them, so that a cluster needs no shared file system. A cell is taken when there is room
+for it, so that several processes may share the cells.
 """
 
 import multiprocessing
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import connection
 from typing import Any
 
@@ -34,18 +36,21 @@ def in_processes(task: Task, cells: Iterable[Cell], jobs: int) -> Iterator[tuple
     When a process dies, the cells that were running are run once more, each alone. One whose process dies again has
     failed, and the others go on.
     """
-    waiting = deque(cells)
-    while waiting:
+    waiting, next_up = iter(cells), deque[Cell]()
+    while next_up or (next_up := deque(islice(waiting, 1))):
         running: dict[Future[Outcome], Cell] = {}
         with _pool(jobs) as pool:
             try:
-                while waiting or running:
-                    while waiting and len(running) < jobs:
-                        running[pool.submit(task, waiting[0])] = waiting[0]
-                        waiting.popleft()
+                while next_up or running:
+                    while next_up and len(running) < jobs:
+                        running[pool.submit(task, next_up[0])] = next_up[0]
+                        next_up.popleft()
+                        # Taken only when there is room for it: another process may have it until then.
+                        next_up.extend(islice(waiting, 1) if len(running) < jobs else ())
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         outcome = _outcome(future)
                         yield running.pop(future), outcome
+                    next_up.extend(islice(waiting, 1) if not next_up else ())
             except BrokenProcessPool:
                 pass
         for cell in running.values():
@@ -77,8 +82,14 @@ def over_ray(task: Task, cells: Iterable[Cell], address: str) -> Iterator[tuple[
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(_in_worker)
-        running = {remote.remote(task, cell): cell for cell in cells}
-        while running:
+        waiting, running = iter(cells), {}
+        while True:
+            # Twice as many as can run, so that none waits for this process, and no more: others may share the work.
+            room = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))
+            for cell in islice(waiting, room - len(running)):
+                running[remote.remote(task, cell)] = cell
+            if not running:
+                break
             (done,), _ = ray.wait(list(running), num_returns=1)
             cell = running.pop(done)
             try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -26,12 +27,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from tta import config
+from tta import config, places
 from tta.allocator import keep_freed_memory
 from tta.benchmark import RunSettings, runs
 from tta.cli import listings
 from tta.cli.arguments import DEMO, STREAM, UsageError, key_values, parse_request, usage_errors
 from tta.cli.parser import make_parser
+from tta.messages import plain
 
 if TYPE_CHECKING:
     from tta.benchmark import Benchmark, Cell, Outcome
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from tta.datasets.stream import Stream
     from tta.models import ImageClassifier
     from tta.report.tables import ResultTable
+    from tta.results import Result
     from tta.source import Need
 
 CLEAN_IMAGES = 256  # predicted by each source model before the run
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        print(f"tta: {runs.error_message(error)}", file=sys.stderr)
+        print(f"tta: {plain(runs.error_message(error), lines=True)}", file=sys.stderr)
         if isinstance(error, (UsageError, config.ConfigError)):
             return 2
         print("tta: the run failed; --debug shows where.", file=sys.stderr)
@@ -81,13 +84,18 @@ def _plain_warnings() -> Iterator[None]:
     """Show warnings as plain sentences, without the line of code that raised them."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"tta: {message}", file=sys.stderr)
+        print(f"tta: {plain(str(message), lines=True)}", file=sys.stderr)
 
     before, warnings.showwarning = warnings.showwarning, show
     try:
         yield
     finally:
         warnings.showwarning = before
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """Print one line as it stands, in which names may be anything: no markup, no terminal escapes, no path cut in two."""
+    console.print(Text(plain(text), style=style), soft_wrap=True)
 
 
 # ---------------------------------------------------------------------- run
@@ -98,16 +106,26 @@ def _run(arguments: argparse.Namespace) -> int:
 
     with usage_errors():
         request = parse_request(arguments.words or DEMO)
+    out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    console = Console(stderr=True)
+    with places.tried(out):
+        results = _run_methods(request, out, console)
+    Console().print(tta.compare(results))
+    if not arguments.words:
+        _say(console, f"A quarter of the images, seven methods. The full table: tta run {STREAM}")
+    _say(console, f"Results: {out}")
+    return 0
+
+
+def _run_methods(request: runs.Request, out: Path, console: Console) -> "list[Result]":
+    """Run each method of the request, and write each result as soon as there is one."""
+    with usage_errors():
         stream = runs.make_stream(request)
         clean = stream.clean() if request.run.clean else None
         models = runs.source_models(request, stream)
         adapters = runs.make_adapters(models, request)
-
-    out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    console = Console(stderr=True)
-    console.print(
-        "\n".join([str(stream).splitlines()[0], *(f"images {origin}" for origin in stream.origins)]), highlight=False
-    )
+    for line in (str(stream).partition("\n")[0], *(f"images {origin}" for origin in stream.origins)):
+        _say(console, line)
     in_use = {adapter.model.spec for _, adapter in adapters}
     used = [model for model in models.values() if model.spec in in_use]
     _preflight(stream, used, console, request.run)
@@ -115,16 +133,13 @@ def _run(arguments: argparse.Namespace) -> int:
     for name, adapter in adapters:
         settings = ", ".join(f"{key}={value}" for key, value in config.as_dict(adapter.config).items())
         preset = f" (preset {adapter.preset})" if adapter.preset else ""
-        console.print(f"{name} on {adapter.model.spec}{preset}: {settings}", highlight=False, markup=False)
-        result = runs.run_adapter(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
-        folder = _free(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name)
-        result.save(folder)
+        _say(console, f"{name} on {adapter.model.spec}{preset}: {settings}")
+        # Claimed before the run: of several at once each has a folder of its own, and nothing is overwritten.
+        with places.claimed(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name) as folder:
+            result = runs.run_adapter(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
+            result.save(folder)
         results.append(result)
-    Console().print(tta.compare(results))
-    if not arguments.words:
-        console.print(f"A quarter of the images, seven methods. The full table: tta run {STREAM}", highlight=False)
-    console.print(f"Results: {out}", highlight=False)
-    return 0
+    return results
 
 
 def _preflight(stream: "Stream", models: "Sequence[ImageClassifier]", console: Console, run: RunSettings) -> None:
@@ -139,18 +154,7 @@ def _preflight(stream: "Stream", models: "Sequence[ImageClassifier]", console: C
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is printed instead
             found = tta.preflight(model, *clean)
-        console.print(
-            f"{model.spec}: {found}", style="yellow" if found.problem else None, highlight=False, markup=False
-        )
-
-
-def _free(folder: Path) -> Path:
-    """The folder, or if it holds a result the first numbered sibling without one: nothing is overwritten."""
-    number, free = 1, folder
-    while (free / "result.json").exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+        _say(console, f"{model.spec}: {found}", style="yellow" if found.problem else "")
 
 
 # ---------------------------------------------------------------------- bench, tune
@@ -191,12 +195,20 @@ def _run_benchmark(described: "Benchmark", arguments: argparse.Namespace) -> int
 
     def report(cell: "Cell", outcome: "Outcome", done: int, total: int) -> None:
         found = f"failed: {outcome.reason}" if isinstance(outcome, Failure) else f"{outcome.mean_error:.1f} %"
-        console.print(f"[{done}/{total}] {cell.name}: {found}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"[{done}/{total}] {cell.name}: {found}")
 
-    console.print(f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}", highlight=False, markup=False)
-    summary = benchmark.run(described, rows, out, jobs=arguments.jobs, ray=arguments.ray, report=report)
+    _say(console, f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}")
+    summary = benchmark.run(
+        described,
+        rows,
+        out,
+        jobs=arguments.jobs,
+        ray=arguments.ray,
+        report=report,
+        say=lambda text: _say(console, text),
+    )
     _print_table(summary, arguments.format)
-    console.print(f"Results: {out}", highlight=False)
+    _say(console, f"Results: {out}")
     return 1 if summary.problems else 0
 
 
@@ -232,13 +244,13 @@ def _source(arguments: argparse.Namespace) -> int:
     def progress(batches: Any) -> Any:
         return track(batches, "source images", console=console, transient=True, disable=not console.is_terminal)
 
-    statistics = runs.record(model, needs, images, request.run, progress=progress)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    statistics.save(arguments.out)
+    with places.tried(arguments.out, is_file=True):
+        statistics = runs.record(model, needs, images, request.run, progress=progress)
+        statistics.save(arguments.out)
     for entry in statistics.entries:
         at = f"{len(entry.need.layers)} layers, {entry.need.statistics} statistics"
-        console.print(f"{entry.need.kind} of {entry.images} images ({at})", highlight=False)
-    console.print(f"Statistics: {arguments.out}", highlight=False)
+        _say(console, f"{entry.need.kind} of {entry.images} images ({at})")
+    _say(console, f"Statistics: {arguments.out}")
     return 0
 
 
@@ -257,11 +269,11 @@ def _corrupt(arguments: argparse.Namespace) -> int:
     def progress(steps: Any, total: int) -> Any:
         return track(steps, "corrupting", total=total, console=console, disable=not console.is_terminal)
 
-    with usage_errors():
+    with places.tried(arguments.target), usage_errors():
         written = write_corrupted(
             arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
         )
-    console.print(f"{written} images written to {arguments.target}", highlight=False)
+    _say(console, f"{written} images written to {arguments.target}")
     return 0
 
 
@@ -305,11 +317,10 @@ def _diff(arguments: argparse.Namespace) -> int:
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("field", *map(str, arguments.results)):
-        table.add_column(Text(heading), overflow="fold")
+        table.add_column(Text(plain(heading)), overflow="fold")
     for name, values in found.items():
-        table.add_row(
-            Text(name), *(Text(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in values)
-        )
+        shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+        table.add_row(*(Text(plain(text)) for text in (name, *shown)))
     Console().print(table)
     return 0
 
@@ -325,12 +336,13 @@ def _plot(arguments: argparse.Namespace) -> int:
         if arguments.what not in known:
             near = config.nearest(arguments.what, known)
             raise config.ConfigError(f"No figure '{arguments.what}'.{near} There are: {', '.join(known)}.")
+    with places.tried(out, is_file=True), usage_errors():
         if arguments.what == "schedule":
             figure = plots.schedule(runs.make_stream(parse_request(arguments.words)))
         else:
             figure = figures.FIGURES[arguments.what](find_results(arguments.words))
         plots.save(figure, out)
-    print(out)
+    print(plain(str(out)))
     return 0
 
 
@@ -342,7 +354,7 @@ def _list(arguments: argparse.Namespace) -> int:
 def _print_lines(lines: Iterable[tuple[str, ...]]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*(Text(plain(text, lines=True)) for text in line))
     Console().print(table)
 
 
@@ -365,7 +377,7 @@ def _download(arguments: argparse.Namespace) -> int:
 
         def progress(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what)
+                tasks[what] = bars.add_task(escape(plain(what)))
             bars.update(tasks[what], completed=done, total=total)
 
         found = download.download(
@@ -377,7 +389,7 @@ def _download(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     for path, checksum in dict.fromkeys(found):
-        print(path, checksum)
+        print(plain(f"{path} {checksum}"))
     return 0
 
 

@@ -1,6 +1,5 @@
 """Comparisons: results side by side, with the error per domain, the mean, and the difference to a baseline."""
 
-import html
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from tta.messages import plain
 from tta.report import tables
 from tta.report.tables import BASELINE, MEAN, ResultTable
 from tta.results import Interval, Result, compare_errors
@@ -110,9 +110,10 @@ class Comparison(ResultTable):
             + [":--"] * (self.baseline is not None)
             + ["--:"] * len(self.metrics)
         )
-        rows = [row for group in self.groups for row in self._rows(group, "**{}**".format)]
-        lines = [tables.markdown_row(row) for row in [self._short_header(), align, *rows]]
-        return "\n".join([*lines, "", *self.notes]).strip() + "\n"
+        rows = [row for group in self.groups for row in self._rows(group, "**{}**".format, tables.markdown)]
+        head = list(map(tables.markdown, self._short_header()))
+        lines = [tables.markdown_row(row) for row in [head, align, *rows]]
+        return "\n".join([*lines, "", *map(tables.markdown, self.notes)]).strip() + "\n"
 
     def to_html(self) -> str:
         """An HTML table, rows are methods; the lowest error of a column is bold.
@@ -121,23 +122,23 @@ class Comparison(ResultTable):
         make the table wider than a page.
         """
         header = ["method", *tables.shortened(self.domains), MEAN, *self._versus_name(), *self.metrics]
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        head = "".join(f"<th>{tables.html(name)}</th>" for name in header)
         parts = [f"<thead>\n<tr>{head}</tr>\n</thead>"]
         for group in self.groups:
             lines = []
             if shared := " · ".join(
                 f"{name} {group.settings[name]}" for name in self.varying if name in group.settings
             ):
-                lines.append(f'<tr class="group"><th colspan="{len(header)}">{html.escape(shared)}</th></tr>')
+                lines.append(f'<tr class="group"><th colspan="{len(header)}">{tables.html(shared)}</th></tr>')
             for run, cells in zip(group.runs, self._cells(group, "<b>{}</b>".format), strict=True):
-                method, *settings = map(html.escape, _heading(run, self.varying, group).splitlines())
+                method, *settings = map(tables.html, _heading(run, self.varying, group).splitlines())
                 label = f"{method} <small>{' '.join(settings)}</small>" if settings else method
                 whole = (
                     cell.replace(", ", ",&nbsp;") for cell in cells
                 )  # a line may end before an interval, not in it
                 lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in (label, *whole)) + "</tr>")
             parts.append("\n".join(["<tbody>", *lines, "</tbody>"]))
-        notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
+        notes = "".join(f"<p>{tables.html(note)}</p>\n" for note in self.notes)
         table = "\n".join(['<table class="tta">', *parts, "</table>"])
         return f'<div class="wide">{table}</div>\n{notes}'
 
@@ -151,7 +152,7 @@ class Comparison(ResultTable):
         ]
         return "\n".join(
             [
-                *(f"% {note}" for note in self.notes),
+                *map(tables.latex_comment, self.notes),
                 f"\\begin{{tabular}}{{{columns}}}",
                 "\\toprule",
                 tables.latex_row([tables.latex(name) for name in self._short_header()]),
@@ -168,15 +169,15 @@ class Comparison(ResultTable):
             title = " · ".join(
                 f"{name} {value}" if name != "stream" else value for name, value in group.settings.items()
             )
-            yield Text(f"Online error in %: {title}", style="bold")
+            yield tables.terminal(f"Online error in %: {title}", style="bold")
             yield from self._tables(group, options.max_width)
         for note in self.notes:
-            yield Text(note, style="dim")
+            yield tables.terminal(note, style="dim")
 
     def _tables(self, group: Group, width: int) -> Iterator[Table]:
         """One column per run, domains down; runs that do not fit side by side go into further tables."""
         names = [*group.domains, MEAN, *self._versus_name(), "seconds", *self.metrics]
-        first = max(map(len, names))
+        first = max(len(plain(name)) for name in names)
         room = width - first - 4
         heads = [_heading(run, self.varying, group) for run in group.runs]
         words = max(len(word) for head in heads for line in head.splitlines() for word in line.split())
@@ -192,20 +193,20 @@ class Comparison(ResultTable):
             for head in heads[start : start + across]:
                 table.add_column(Text(head, justify="right"), justify="right", width=size, overflow="fold")
             for domain in group.domains:
-                table.add_row(domain, *(_cell(run, domain, group) for run in runs))
+                table.add_row(tables.terminal(domain), *(_cell(run, domain, group) for run in runs))
             table.add_section()
             table.add_row(Text(MEAN, style="bold"), *(_cell(run, MEAN, group) for run in runs))
             for name in self._versus_name():
-                table.add_row(name, *(Text(run.versus()) for run in runs))
+                table.add_row(tables.terminal(name), *(Text(run.versus()) for run in runs))
             table.add_row("seconds", *(f"{run.result.seconds:.1f}" for run in runs))
             for name in self.metrics:
-                table.add_row(name, *(_metric(run.result, name) for run in runs))
+                table.add_row(tables.terminal(name), *(_metric(run.result, name) for run in runs))
             yield table
 
     def _versus_name(self) -> list[str]:
         return [f"vs {self.baseline}"] if self.baseline else []
 
-    def _rows(self, group: Group, bold: Callable[[str], str], quote: Callable[[str], str] = str) -> Iterator[list[str]]:
+    def _rows(self, group: Group, bold: Callable[[str], str], quote: Callable[[str], str]) -> Iterator[list[str]]:
         for run, cells in zip(group.runs, self._cells(group, bold), strict=True):
             yield [*map(quote, [*run.settings.values(), run.label]), *cells]
 
@@ -429,5 +430,6 @@ def _metric(result: Result, name: str) -> str:
 
 def _heading(run: Run, varying: Sequence[str], group: Group) -> str:
     """The label with one setting per line; settings that the whole group shares are in the title instead."""
-    method, *config = run.label.split(" ")
-    return "\n".join([method, *config, *(f"{k}={run.settings[k]}" for k in varying if k not in group.settings)])
+    method, *config = plain(run.label).split(" ")
+    own = [plain(f"{name}={run.settings[name]}") for name in varying if name not in group.settings]
+    return "\n".join([method, *config, *own])

@@ -48,7 +48,13 @@ def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
         lines = [_running(one, ends, window or math.ceil(len(one) / 40)) for one in curves]
         shortest = min(map(len, lines))
         arrived = np.cumsum(curves[0]["samples"].to_numpy())[:shortest]
-        axes.plot(arrived, np.nanmean([line[:shortest] for line in lines], 0), label=label, linewidth=1.3, **style)
+        axes.plot(
+            arrived,
+            np.nanmean([line[:shortest] for line in lines], 0),
+            label=tables.drawn(label),
+            linewidth=1.3,
+            **style,
+        )
     _draw_bounds(axes, bounds)
     axes.set(xlabel="images", ylabel="online error, %", ylim=(0, None))
     axes.margins(x=0)
@@ -103,11 +109,11 @@ def pareto(results: Iterable[Result], *, cost: str = "passes") -> "Figure":
         x, y = points[label]
         axes.plot(x, y, "o", markersize=13, color=style["color"], markeredgecolor="white")
         axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=7, color="white")
-        axes.plot([], [], "o", color=style["color"], label=f"{number}  {label}  {tables.number(y)}")
+        axes.plot([], [], "o", color=style["color"], label=f"{number}  {tables.drawn(label)}  {tables.number(y)}")
     front = np.array(_front(list(points.values())))
     axes.step(front[:, 0], front[:, 1], where="post", color="0.6", linewidth=1, zorder=0)
     words = {"passes": "forward and backward passes an image", "seconds": "seconds an image"}
-    axes.set(xscale="log", xlabel=words.get(cost, cost.replace("_", " ")), ylabel="mean online error, %")
+    axes.set(xscale="log", xlabel=words.get(cost, tables.drawn(cost.replace("_", " "))), ylabel="mean online error, %")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     _tidy(axes)
@@ -132,7 +138,13 @@ def calibration(results: Iterable[Result]) -> "Figure":
         confidence, accuracy, count = reliability(members)
         sound = count >= 10
         ece = float((count * np.abs(np.nan_to_num(accuracy - confidence))).sum() / max(1, count.sum()))
-        above.plot(confidence[sound], accuracy[sound], label=f"{label}  (ECE {ece:.1f} %)", linewidth=1.3, **style)
+        above.plot(
+            confidence[sound],
+            accuracy[sound],
+            label=f"{tables.drawn(label)}  (ECE {ece:.1f} %)",
+            linewidth=1.3,
+            **style,
+        )
         below.stairs(100 * count / max(1, count.sum()), np.linspace(0, 100, BINS + 1), **style)
     above.set(ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 100))
     below.set(xlabel="confidence, %", ylabel="share, %")
@@ -171,7 +183,8 @@ def grid(results: Iterable[Result]) -> "Figure":
     for axes, (panel, found) in zip(places, panels.items(), strict=False):
         table = np.array([[_mean(found.get((lr, int(steps)), [])) for lr in rates] for steps in numbers])
         _cells(axes, table, [str(steps) for steps in numbers], [f"{lr:g}" for lr in rates], tables.number)
-        axes.set_title("\n".join([panel[0], *(_first_of(panel[n]) for n in differing)]), fontsize=9, loc="left")
+        title = [panel[0], *(_first_of(panel[n]) for n in differing)]
+        axes.set_title("\n".join(map(tables.drawn, title)), fontsize=9, loc="left")
         axes.set_xlabel("lr", fontsize=8)
         axes.set_ylabel("steps", fontsize=8)
     for axes in places[len(panels) :]:
@@ -302,7 +315,7 @@ def _draw_bounds(axes: "Axes", bounds: list[tuple[int, str]]) -> None:
     start = 0
     for (end, _), name in zip(bounds, short, strict=True):
         axes.axvline(end, color="0.85", linewidth=0.8, zorder=0)
-        axes.annotate(name, ((start + end) / 2, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+        axes.annotate(tables.drawn(name), ((start + end) / 2, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom",
                       fontsize=7, rotation=0 if len(short) <= 16 else 90)  # fmt: skip
         start = end
 
@@ -315,8 +328,8 @@ def _cells(axes: "Axes", table: Floats, rows: list[str], columns: list[str], wri
         dark = (table[row, column] - low) / max(high - low, 1e-9) < 0.5
         axes.text(column, row, write(table[row, column]), ha="center", va="center", fontsize=7,
                   color="white" if dark else "black")  # fmt: skip
-    axes.set_xticks(range(len(columns)), columns, fontsize=7)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(columns)), list(map(tables.drawn, columns)), fontsize=7)
+    axes.set_yticks(range(len(rows)), list(map(tables.drawn, rows)), fontsize=8)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)

@@ -1,6 +1,5 @@
 """The HTML report: a single file with tables, figures and settings, which needs no network and no other file."""
 
-import html
 import io
 import json
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tta.report import figures
-from tta.report.tables import ResultTable
+from tta.report.tables import ResultTable, html
 from tta.results import Result
 
 if TYPE_CHECKING:
@@ -52,8 +51,8 @@ def html_page(table: ResultTable, results: Sequence[Result], *, title: str = "Te
             Without the extra ``plot`` there are no figures, and the page says how to get them.
         title: title of the page.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Online error in %</h2>", table.to_html()]
-    parts += [f"<h2>{html.escape(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _figures(results).items()]
+    parts = [f"<h1>{html(title)}</h1>", "<h2>Online error in %</h2>", table.to_html()]
+    parts += [f"<h2>{html(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _figures(results).items()]
     if find_spec("matplotlib") is None:
         parts.append("<p>Figures need matplotlib: pip install 'tta-toolkit[plot]', then write this page again.</p>")
     parts.append("<h2>Settings</h2>")
@@ -62,7 +61,7 @@ def html_page(table: ResultTable, results: Sequence[Result], *, title: str = "Te
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{html(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -92,5 +91,5 @@ def _svg(figure: "Figure") -> str:
 def _details(label: str, result: Result) -> str:
     """Configuration, metrics and manifest of a run, folded away."""
     facts = {"seed": result.seed, "config": result.config, "metrics": result.metrics, "manifest": result.manifest}
-    text = html.escape(json.dumps(facts, indent=1, default=str))
-    return f"<details><summary>{html.escape(label)} · seed {result.seed}</summary><pre>{text}</pre></details>"
+    text = html(json.dumps(facts, indent=1, default=str))
+    return f"<details><summary>{html(label)} · seed {result.seed}</summary><pre>{text}</pre></details>"

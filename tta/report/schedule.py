@@ -10,6 +10,7 @@ from tta.datasets.ccc import Walk
 from tta.datasets.corruptions import HIGHEST
 from tta.datasets.domains import Corrupted, original
 from tta.datasets.stream import Stream
+from tta.report.tables import drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +35,7 @@ def schedule(stream: Stream) -> "Figure":
     figure = new_figure((9, 4.5))
     above, below = figure.subplots(2, 1, sharex=True)
     draw_schedule(stream, above, below, legend=True)
-    above.set_title(str(stream).splitlines()[0], fontsize=9)
+    above.set_title(drawn(str(stream).splitlines()[0]), fontsize=9)
     below.set_xlabel("batch")
     return figure
 
@@ -135,5 +136,5 @@ def _legend(axes: "Axes", colours: dict[str, Colour]) -> None:
     from matplotlib.patches import Patch
 
     if len(colours) <= 20:
-        entries = [Patch(color=colour, label=name) for name, colour in colours.items()]
+        entries = [Patch(color=colour, label=drawn(name)) for name, colour in colours.items()]
         axes.legend(handles=entries, fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

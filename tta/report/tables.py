@@ -1,11 +1,16 @@
 """Tables: the formats that each can be written in, and how numbers, names and rows are written."""
 
+import html as markup
 import io
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from tta.messages import plain
 
 if TYPE_CHECKING:
     import pandas
@@ -62,8 +67,13 @@ class ResultTable(ABC):
         """An HTML fragment; :mod:`tta.report.page` makes a page of it."""
 
     def to_csv(self) -> str:
-        """The table of :meth:`to_frame` as CSV: unrounded, an empty cell where there is no value."""
-        text: str = self.to_frame().to_csv(index=False, lineterminator="\n")
+        """The table of :meth:`to_frame` as CSV: unrounded, an empty cell where there is no value.
+
+        A name that a spreadsheet would compute as a formula has an apostrophe in front of it, see :func:`csv_cell`.
+        """
+        frame = self.to_frame()
+        frame.columns = [csv_cell(name) for name in frame.columns]
+        text: str = frame.apply(lambda column: column.map(csv_cell)).to_csv(index=False, lineterminator="\n")
         return text
 
     def to_text(self, width: int = 100) -> str:
@@ -115,12 +125,59 @@ def shortened(domains: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(domains)
 
 
+FORMULA = "=+-@"  # a spreadsheet computes a cell that begins with one of these
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as a cell of a CSV file: text that a spreadsheet would compute as a formula gets an apostrophe in front.
+
+    Numbers, also as text, and a lone dash stay as they are.
+    """
+    if not isinstance(value, str):
+        return value
+    text = plain(value)
+    if not text.lstrip().startswith(tuple(FORMULA)) or text == "-":
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown shows as it stands: neither HTML nor marks of its own in it."""
+    return re.sub(r"(^[-+]|[\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", markup.escape(plain(text), quote=False))
+
+
+def html(text: str) -> str:
+    """Text that HTML shows as it stands."""
+    return markup.escape(plain(text))
+
+
+def terminal(text: str, **options: Any) -> Text:
+    """Text that a terminal shows as it stands; ``options`` as of :class:`rich.text.Text`."""
+    return Text(plain(text), **options)
+
+
+def drawn(text: str) -> str:
+    """Text that matplotlib draws as it stands: no mathematics between dollars, and no legend leaves it out."""
+    text = plain(text).replace("$", "\\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def markdown_row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    """One line of a Markdown table; the cells are Markdown already."""
+    return "| " + " | ".join(cells) + " |"
 
 
 LATEX = {
+    "\\": "\\textbackslash{}",
+    "{": "\\{",
+    "}": "\\}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
     "_": "\\_",
     "%": "\\%",
     "&": "\\&",
@@ -133,7 +190,12 @@ LATEX = {
 
 def latex(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
-    return "".join(LATEX.get(letter, letter) for letter in text)
+    return "".join(LATEX.get(letter, letter) for letter in plain(text))
+
+
+def latex_comment(text: str) -> str:
+    """A line that LaTeX skips, without commands even for one who takes the sign in front away."""
+    return f"% {latex(text)}"
 
 
 def latex_row(cells: Sequence[str]) -> str:

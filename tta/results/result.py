@@ -5,14 +5,15 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tta import places
 from tta.results import curves
 from tta.results.predictions import Predictions
 
@@ -219,16 +220,16 @@ class Result:
         arrays, table = target / "predictions.npz", target / "curves.parquet"
         columns: dict[str, Any] = {} if self.predictions is None else dict(self.predictions.columns())
         if columns:
-            _write(arrays, lambda stream: np.savez_compressed(stream, **columns))
+            places.write(arrays, lambda stream: np.savez_compressed(stream, **columns))
         else:
             arrays.unlink(missing_ok=True)
         if self.predictions is not None and columns.keys() >= set(curves.NEEDED):
             by_batch = curves.per_batch(self.predictions, [row.domain for row in self.rows])
-            _write(table, lambda stream: curves.write_parquet(by_batch, stream))
+            places.write(table, lambda stream: curves.write_parquet(by_batch, stream))
         else:
             table.unlink(missing_ok=True)
         text = self.to_json().encode()
-        return _write(target / "result.json", lambda stream: stream.write(text))
+        return places.write(target / "result.json", lambda stream: stream.write(text))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Result":
@@ -360,17 +361,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value) if isinstance(value, PurePath) else repr(value)
-
-
-def _write(file: Path, content: Callable[[BinaryIO], Any]) -> Path:
-    """Write a file atomically: it never exists half written, not even after a crash."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as stream:
-            content(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-    return file
