@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "tta.config": "omegaconf yaml tta.configs tta.messages tta.adapter",
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
     "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
-    "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
+    "tta.datasets": "torch torchvision numpy PIL sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
     "tta.results": "torch torchmetrics numpy pandas pyarrow tta.functional tta.labels tta.adapter tta.config",
     "tta.report": "numpy pandas rich matplotlib tta.datasets tta.results",
     "tta.progress": "lightning rich tta.datasets",
