@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tta.datasets.domains import Classes, DatasetImages, Domain
-from tta.datasets.files import FileImages, FilesDataset, list_flat, list_images, subfolders
+from tta.datasets.files import FileImages, FilesDataset, class_numbers, list_flat, list_images, subfolders
 from tta.datasets.geometry import fitted
 from tta.datasets.protocols import PROTOCOLS
 from tta.datasets.stream import Stream, check
@@ -119,7 +119,12 @@ def _domains(
 
 
 def source_images(
-    name: str, preprocessing: Mapping[str, Any] | None = None, *, on_error: str = "raise"
+    name: str,
+    preprocessing: Mapping[str, Any] | None = None,
+    *,
+    on_error: str = "raise",
+    exif: bool = True,
+    class_order: str | None = None,
 ) -> Tensor | Dataset[Any]:
     """Clean images of the source domain, for :meth:`tta.SourceStatistics.record` and ``source=``.
 
@@ -129,7 +134,9 @@ def source_images(
             first images are of all classes.
         preprocessing: of the model. A folder's images of another size than the model's input are resized and cropped as
             its weights expect, see :func:`tta.datasets.geometry.fitted`. Default: they are not changed.
-        on_error: a file that cannot be decoded raises an error on access (``"raise"``), or is left out (``"skip"``).
+        on_error: a file that cannot be used raises an error on access (``"raise"``), or is left out (``"skip"``).
+        exif: turn pictures of a folder as their EXIF orientation says.
+        class_order: ``"text"`` or ``"number"``, for class folders that are numbers, as for ``imagefolder``.
 
     Raises:
         FileNotFoundError: a folder without images.
@@ -146,9 +153,9 @@ def source_images(
     if not folder.is_dir():
         raise ValueError(_unknown("folder of images or stream", name, STREAMS))
     classes = subfolders(folder)
-    files = list_images(folder, classes) if classes else list_flat(folder)
+    files = list_images(folder, classes, class_numbers(classes, class_order)) if classes else list_flat(folder)
     files = files[torch.randperm(len(files), generator=torch.Generator().manual_seed(0))]
-    images = FileImages("source", folder, files, partial(fitted, preprocessing=preprocessing or {}))
+    images = FileImages("source", folder, files, partial(fitted, preprocessing=preprocessing or {}), exif=exif)
     return FilesDataset(images.without_unreadable() if on_error == "skip" else images)
 
 

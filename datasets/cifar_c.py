@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as F
 
 from tta import fingerprint
+from tta.datasets import pictures
 from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import Classes, CleanImages, CorruptedImages, Domain
 from tta.datasets.files import read_from
@@ -267,8 +267,8 @@ def _image_folder(folder: Path) -> tuple[Tensor, Tensor]:
 
 def _decode(file: Path) -> Tensor:
     try:
-        image: Tensor = F.pil_to_tensor(pil_loader(file))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow: a broken PNG is a SyntaxError
+        image: Tensor = F.pil_to_tensor(pictures.read(file, exif=False))
+    except ValueError as error:
         raise ValueError(f"'{file}' is not an image that can be decoded ({error}).") from None
     if image.shape != (3, 32, 32):
         raise ValueError(f"'{file}' is {image.shape[1]} x {image.shape[2]} pixels; expected 32 x 32.")

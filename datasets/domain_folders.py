@@ -9,6 +9,7 @@ from tta.datasets.files import (
     FileImages,
     FileList,
     check_exist,
+    class_numbers,
     find_folder,
     list_images,
     read_list,
@@ -62,6 +63,7 @@ def domainnet_126(
     resize: int | None = 256,
     crop: int | None = 224,
     squash: bool = True,
+    class_order: str | None = None,
     seed: int = 0,
 ) -> list[FileImages]:
     """DomainNet-126: the four cleanest domains and 126 classes of DomainNet.
@@ -81,6 +83,7 @@ def domainnet_126(
         resize: pixels of both sides, as published; of the shorter side with ``squash=False``.
         crop: side of the square in the middle.
         squash: see ``resize``.
+        class_order: ``"text"`` or ``"number"``, for class folders that you named by numbers, as for ``imagefolder``.
         seed: not used; nothing is drawn.
 
     Raises:
@@ -88,7 +91,7 @@ def domainnet_126(
         ValueError: an unknown domain, another number of classes than published, a bad list, or a setting out of range.
     """
     geometry = Geometry(resize, crop, squash)
-    return _domains(DOMAINNET_126, root, domains, lists, samples, by_class, geometry)
+    return _domains(DOMAINNET_126, root, domains, lists, samples, by_class, geometry, class_order)
 
 
 def pacs(
@@ -100,6 +103,7 @@ def pacs(
     resize: int | None = 224,
     crop: int | None = None,
     squash: bool = True,
+    class_order: str | None = None,
     seed: int = 0,
 ) -> list[FileImages]:
     """PACS: photos, art paintings, cartoons and sketches of seven classes.
@@ -108,7 +112,7 @@ def pacs(
     ``PACS/kfold/``), the folders ``art_painting/dog/*.jpg``. Classes are numbered in alphabetical order. Settings and errors
     as for ``domainnet-126``: see :func:`domainnet_126`.
     """
-    return _domains(PACS, root, domains, None, samples, by_class, Geometry(resize, crop, squash))
+    return _domains(PACS, root, domains, None, samples, by_class, Geometry(resize, crop, squash), class_order)
 
 
 def officehome(
@@ -120,6 +124,7 @@ def officehome(
     resize: int | None = 256,
     crop: int | None = 224,
     squash: bool = True,
+    class_order: str | None = None,
     seed: int = 0,
 ) -> list[FileImages]:
     """Office-Home: objects of 65 classes in art, clip art, product pictures and photographs.
@@ -129,7 +134,7 @@ def officehome(
     Classes are numbered in the order of their folders' names. Settings and errors as for ``domainnet-126``: see
     :func:`domainnet_126`.
     """
-    return _domains(OFFICEHOME, root, domains, None, samples, by_class, Geometry(resize, crop, squash))
+    return _domains(OFFICEHOME, root, domains, None, samples, by_class, Geometry(resize, crop, squash), class_order)
 
 
 def _domains(
@@ -140,6 +145,7 @@ def _domains(
     samples: int | None,
     by_class: bool,
     geometry: Geometry,
+    class_order: str | None,
 ) -> list[FileImages]:
     known = list(kind.domains)
     if isinstance(domains, str) or not domains or not set(domains) <= set(known):
@@ -153,6 +159,7 @@ def _domains(
     beside = folder if lists is None else Path(lists)
     made = []
     names: list[str] = []
+    numbers: list[int] = []
     for name in domains:
         home = _folder(folder, kind, name)
         if home is None:
@@ -162,8 +169,10 @@ def _domains(
         if kind is DOMAINNET_126 and (lists is not None or (beside / f"{name}_list.txt").is_file()):
             home, files = folder, _listed(beside / f"{name}_list.txt", folder, kind)
         else:
-            names = names or _class_names(home, kind)
-            files = list_images(home, names)
+            if not names:
+                names = _class_names(home, kind)
+                numbers = class_numbers(names, class_order)
+            files = list_images(home, names, numbers)
         files = (files if by_class else files.shuffled()).first(samples)
         made.append(FileImages(name, home, files, geometry, classes=Classes(kind.classes)))
     return made

@@ -2,15 +2,18 @@
 
 import math
 import mmap
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from tta import fingerprint
+from tta.datasets import pictures, targets
 from tta.datasets.corruptions import constants, corrupt
 
 
@@ -290,9 +293,12 @@ def shared_empty(shape: Sequence[int]) -> Tensor:
 class DatasetImages:
     """A user's own dataset as a domain: anything indexable that gives ``(image, label)``.
 
-    Images may be PIL images or tensors (3, height, width), uint8 or floating point in [0, 1]. Labels are read from an
-    attribute ``targets`` or ``labels`` if the dataset has one, else from the samples, once. A ``TensorDataset`` is read
-    batch by batch, and without a copy if the positions are consecutive.
+    Images may be PIL images or tensors (3, height, width), uint8 or floating point in [0, 1]. PIL images of 16 bits or
+    floating point are scaled to 8 bits, see :func:`tta.datasets.pictures.rgb`; they are not turned as their EXIF says, since
+    the dataset gives them so, and a warning tells. Labels are what the samples give, one whole number each, (1,) taken for
+    one: read from an attribute ``targets`` or ``labels`` if the dataset has one, with its ``target_transform`` and through
+    ``Subset`` and ``ConcatDataset``, else from the samples, once. A ``TensorDataset`` is read batch by batch, and without a
+    copy if the positions are consecutive.
 
     Args:
         name: of the domain.
@@ -310,16 +316,18 @@ class DatasetImages:
         self.dataset: Any = dataset
         self.index = torch.arange(len(self.dataset))
         self._labels: Tensor | None = None
+        self._unseen = False  # whether the labels were read without the samples
+        self._turned = False  # whether a picture's EXIF turn was told
 
     @property
     def labels(self) -> Tensor:
+        """Class numbers, int64 (n,).
+
+        Raises:
+            ValueError: labels that are not one whole number each; the message names the domain, shape and dtype.
+        """
         if self._labels is None:
-            known = getattr(self.dataset, "targets", getattr(self.dataset, "labels", None))
-            if isinstance(self.dataset, TensorDataset) and len(self.dataset.tensors) > 1:
-                known = self.dataset.tensors[1]
-            if known is None or len(known) != len(self.dataset):
-                known = [int(self._sample(i)[1]) for i in range(len(self.dataset))]
-            self._labels = torch.as_tensor(known, dtype=torch.int64)
+            self._labels, self._unseen = targets.of(self.dataset, lambda i: self._sample(i)[1], self.name)
         return self._labels
 
     def images(self, positions: Tensor) -> Tensor:
@@ -346,13 +354,47 @@ class DatasetImages:
         return sample
 
     def _image(self, position: int) -> Tensor:
-        image = self._sample(position)[0]
+        image, label = self._sample(position)[:2]
+        self._check_label(position, label)
+        if isinstance(image, Image.Image):
+            image = self._picture(position, image)
         if not isinstance(image, Tensor):
-            image = torch.from_numpy(np.array(image.convert("RGB") if hasattr(image, "convert") else image))
+            array = np.array(image)
+            try:
+                image = torch.from_numpy(array)
+            except TypeError:  # strings, objects, and in older torch unsigned 16-bit numbers
+                raise self._no_image(position, f"{type(image).__name__} of {array.dtype.name}") from None
             image = image.permute(2, 0, 1) if image.dim() == 3 and image.shape[-1] == 3 else image
         if image.dim() != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
-            raise ValueError(
-                f"Domain '{self.name}', sample {position}: expected an image (3, height, width), uint8 or floating "
-                f"point in [0, 1]; got {image.dtype} of shape {tuple(image.shape)}."
-            )
+            raise self._no_image(position, f"{image.dtype} of shape {tuple(image.shape)}")
         return image
+
+    def _no_image(self, position: int, found: str) -> ValueError:
+        return ValueError(
+            f"Domain '{self.name}', sample {position}: expected an image (3, height, width), uint8 or floating point in "
+            f"[0, 1]; got {found}."
+        )
+
+    def _picture(self, position: int, picture: Image.Image) -> Any:
+        """A PIL image as an array (height, width, 3), uint8."""
+        if not self._turned and pictures.orientation(picture) != 1:
+            self._turned = True
+            warnings.warn(
+                f"Domain '{self.name}', sample {position}: the picture carries an EXIF orientation and is taken as the dataset "
+                "gives it, not turned. To turn it, return PIL.ImageOps.exif_transpose(picture) from the dataset.",
+                stacklevel=2,
+            )
+        try:
+            return np.array(pictures.rgb(picture))
+        except ValueError as error:
+            raise ValueError(f"Domain '{self.name}', sample {position}: {error}.") from None
+
+    def _check_label(self, position: int, label: Any) -> None:
+        """Raise a ValueError if a sample gives another label than the dataset's attribute says, by which it is scored."""
+        stored = int(self.labels[position])
+        given = targets.one(label) if self._unseen else None
+        if given is not None and given != stored:
+            raise ValueError(
+                f"Domain '{self.name}', sample {position}: its label is {given}, but the dataset's attribute of labels "
+                f"('targets' or 'labels') says {stored}. Change labels in a target_transform, or keep the attribute up to date."
+            )

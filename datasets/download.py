@@ -13,10 +13,10 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import pooch
 import yaml
@@ -26,6 +26,8 @@ from tta.paths import data_root
 CHUNK = 2**18
 ATTEMPTS = 5  # consecutive ones without new bytes
 TIMEOUT = 60.0  # seconds without a byte
+LEAST = 2**14  # bytes in ATTEMPTS * TIMEOUT seconds; a connection that brings fewer (55 a second) would never end
+HEAD = 64  # bytes that tell a web page from a file
 PAUSE = 1.0  # seconds before another attempt, doubled after each attempt without new bytes
 Progress = Callable[[str, int, "int | None"], None]  # current action, bytes done, bytes in total
 
@@ -196,12 +198,16 @@ def _checked(file: File, to: Path, progress: Progress) -> Path:
 def fetch(url: str, to: Path, size: int | None, progress: Progress) -> None:
     """Download ``url`` into ``to``, continuing after the bytes that are there, also after a broken connection.
 
+    What arrives is kept at once, so that a connection that breaks often still gets on.
+
     Raises:
-        DownloadError: an error page, a web page, or too many attempts without new bytes.
+        DownloadError: an error page, a web page, more bytes than were published, too many attempts without new bytes, or a
+            connection that brings next to nothing (fewer than ``LEAST`` bytes in ``ATTEMPTS * TIMEOUT`` seconds).
     """
-    failures = 0
+    failures = most = 0
     while failures < ATTEMPTS:
         before = _bytes_in(to)
+        most = max(most, before)
         if size is not None and before > size:
             to.unlink()
             before = 0
@@ -210,7 +216,8 @@ def fetch(url: str, to: Path, size: int | None, progress: Progress) -> None:
         reason = _failure(url, to, before, size, progress)
         if reason is None:
             return
-        if _bytes_in(to) > before:
+        # More than ever: a server that starts again each time would otherwise seem to bring new bytes for ever.
+        if _bytes_in(to) > most:
             failures = 0
             continue
         failures += 1
@@ -249,8 +256,8 @@ def _attempt(url: str, to: Path, start: int, size: int | None, progress: Callabl
         resumes = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         start = start if resumes else 0
         length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else size
-        chunk = answer.read(CHUNK)
+        total = start + int(length) if length and length.isdecimal() else size
+        chunk = _head(answer)
         if not start and _is_page(answer.headers.get("Content-Type", ""), chunk):
             raise DownloadError(
                 f"{url} answered with a web page instead of the file: an error page, a login or a quota. Open it in a "
@@ -262,11 +269,51 @@ def _attempt(url: str, to: Path, start: int, size: int | None, progress: Callabl
             )
         to.parent.mkdir(parents=True, exist_ok=True)
         with to.open("ab" if start else "wb") as file:
-            while chunk:
-                file.write(chunk)
-                progress(file.tell(), total)
-                chunk = answer.read(CHUNK)
+            _keep(answer, chunk, file, url, size, lambda done: progress(done, total))
+        if size is not None and to.stat().st_size > size:
+            to.unlink()
+            raise DownloadError(
+                f"{url} sends more than the {size} bytes that were published. It was replaced, or the server does not know "
+                "where it ends; nothing of it was kept."
+            )
     return total is None or to.stat().st_size == total
+
+
+def _head(answer: HTTPResponse) -> bytes:
+    """The first bytes of an answer, enough to tell a web page from a file; fewer only at its end."""
+    head = b""
+    while len(head) < HEAD and (more := answer.read1(HEAD - len(head))):
+        head += more
+    return head
+
+
+def _keep(
+    answer: HTTPResponse, chunk: bytes, file: BinaryIO, url: str, size: int | None, progress: Callable[[int], None]
+) -> None:
+    """Write an answer, ``chunk`` first, as it arrives; stops behind the published size.
+
+    Raises:
+        DownloadError: next to nothing comes.
+    """
+    since, seen = time.monotonic(), file.tell()
+    while chunk:
+        file.write(chunk)
+        done = file.tell()
+        progress(done)
+        if size is not None and done > size:
+            return
+        now = time.monotonic()
+        if done - seen >= LEAST:
+            since, seen = now, done
+        elif now - since > ATTEMPTS * TIMEOUT:
+            of = f" of {size}" if size else ""
+            raise DownloadError(
+                f"{url}: only {done - seen} bytes came in {now - since:.0f} seconds. {done}{of} bytes are there; call again "
+                "to go on from them."
+            )
+        chunk = answer.read1(
+            CHUNK
+        )  # what has arrived, where read() would wait for a whole chunk and lose it with the connection
 
 
 def _is_page(kind: str, start: bytes) -> bool:

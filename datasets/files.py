@@ -1,10 +1,12 @@
 """Image files as domains: listed as arrays, decoded on access, uint8 until they are on the device."""
 
+import copy
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as F
 
 from tta import fingerprint
+from tta.datasets import pictures
 from tta.datasets.corruptions import constants, corrupt
 from tta.datasets.domains import Classes
 from tta.datasets.geometry import Geometry
@@ -28,7 +31,12 @@ from tta.paths import data_root
 
 HASHED = 200  # evenly spread files of a domain that the manifest hashes whole; of the others it hashes name and size
 ON_ERROR = ("raise", "skip")  # for files that cannot be decoded
+CLASS_ORDERS = ("text", "number")  # of class folders that are named by numbers
 MANIFEST = "tta-corrupt.json"  # in a folder that `tta corrupt` wrote
+
+
+class ClassOrderWarning(UserWarning, ValueError):
+    """Class folders are named by numbers, and nobody said in which order they are the model's outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +123,7 @@ def check_on_error(on_error: str) -> None:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones.
+    """Names of the folders in a folder, sorted, without hidden ones and links to the folder itself or one above it.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -123,11 +131,54 @@ def subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}'. Name another with stream.root=PATH or TTA_DATA.")
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    home = os.path.realpath(folder)
+    return sorted(name for name in names if not _leads_up(os.path.join(folder, name), home))
+
+
+def class_numbers(folders: Sequence[str], class_order: str | None) -> list[int]:
+    """The label of each class folder: its place in their order. Where all are numbers, this is 1, 10, 2 or 1, 2, 10.
+
+    Args:
+        folders: names.
+        class_order: ``"text"``, as torchvision's ``ImageFolder`` sorts; ``"number"``; None: as text, and a warning if the
+            numbers have another order. ``tta run`` makes an error of this warning.
+
+    Raises:
+        ValueError: another ``class_order``, or ``"number"`` for folders that are not all numbers.
+    """
+    if class_order is not None and class_order not in CLASS_ORDERS:
+        raise ValueError(f"class_order is {' or '.join(map(repr, CLASS_ORDERS))}; got {class_order!r}.")
+    text = sorted(folders)
+    words = [name for name in text if not (name.isascii() and name.isdecimal())]
+    if class_order == "number" and words:
+        raise ValueError(f"class_order='number' is for class folders that are numbers; these are not: {some(words)}.")
+    number = text if words else sorted(text, key=int)
+    if class_order is None and number != text:
+        warnings.warn(
+            f"The {len(text)} class folders are numbers. Sorted as text, as torchvision's ImageFolder does, they are in the "
+            f"order {some(text)}; as numbers {some(number)}. The first is output 0 of the model, and so on: if this is not how "
+            "it was trained, every label is wrong. Choose with class_order=text or class_order=number.",
+            ClassOrderWarning,
+            stacklevel=3,
+        )
+    order = number if class_order == "number" else text
+    place = {name: label for label, name in enumerate(order)}
+    return [place[name] for name in folders]
+
+
+def _leads_up(place: str, home: str) -> bool:
+    """Whether a place is a link to the real folder ``home`` or one above it: going on there would come back here."""
+    if not os.path.islink(place):
+        return False
+    above = os.path.join(os.path.realpath(place), "")
+    return os.path.join(home, "").startswith(above)
 
 
 def list_images(folder: Path, classes: Sequence[str], labels: Sequence[int] | None = None) -> FileList:
     """All image files in the class folders of a folder, class by class, sorted; deeper folders are searched too.
+
+    Linked folders are followed, but each real one is searched once, and neither one that leads back up nor another class.
 
     Args:
         folder: holds one folder per class.
@@ -139,10 +190,11 @@ def list_images(folder: Path, classes: Sequence[str], labels: Sequence[int] | No
         ValueError: a missing class folder, or a folder that is not a class.
     """
     check_classes(folder, subfolders(folder), classes)
+    elsewhere = {os.path.realpath(folder), *(os.path.realpath(folder / name) for name in classes)}
     names: list[bytes] = []
     counts = []
     for name in classes:
-        found = [os.fsencode(f"{name}/{file}") for file in _files(folder / name)]
+        found = [os.fsencode(f"{name}/{file}") for file in _files(folder / name, elsewhere)]
         if not found:
             raise FileNotFoundError(f"'{folder / name}' holds no image ({', '.join(IMG_EXTENSIONS)}).")
         names += found
@@ -212,13 +264,34 @@ def check_exist(folder: Path, files: FileList) -> None:
         )
 
 
-def _files(folder: Path) -> Iterable[str]:
-    """Paths of the image files below a folder, relative to it, in the order of torchvision's ``ImageFolder``."""
-    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+def _files(folder: Path, elsewhere: AbstractSet[str] = frozenset()) -> Iterable[str]:
+    """Paths of the image files below a folder, relative to it, in the order of torchvision's ``ImageFolder``.
+
+    Args:
+        folder: where to look.
+        elsewhere: real paths of folders that are searched for their own sake: links to them are not followed.
+    """
+    for place, names in sorted(_places(folder, elsewhere)):
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
         for name in sorted(names):
             if name.lower().endswith(IMG_EXTENSIONS):
                 yield name if inside == "." else f"{inside}/{name}"
+
+
+def _places(folder: Path, elsewhere: AbstractSet[str]) -> Iterable[tuple[str, list[str]]]:
+    """A folder and those below it, each with its files: real folders first, then what links lead to, each real one once."""
+    seen, links = set(elsewhere), [str(folder)]
+    while links:
+        start = links.pop(0)
+        if start != str(folder) and os.path.realpath(start) in seen:
+            continue
+        for place, inner, names in os.walk(start):
+            home = os.path.realpath(place)
+            seen.add(home)
+            yield place, names
+            linked = [name for name in inner if os.path.islink(os.path.join(place, name))]
+            links += [path for name in sorted(linked) if not _leads_up(path := os.path.join(place, name), home)]
+            inner[:] = [name for name in inner if os.path.join(home, name) not in seen]
 
 
 def some(names: Sequence[str]) -> str:
@@ -240,6 +313,7 @@ class FileImages:
         geometry: turns a picture into an image, uint8 (3, height, width).
         classes: of the labels.
         origin: where the images come from, in words.
+        exif: turn pictures as their EXIF orientation says. False, as published data sets were read: torchvision does not.
     """
 
     def __init__(
@@ -251,14 +325,19 @@ class FileImages:
         *,
         classes: Classes | None = None,
         origin: str | None = None,
+        exif: bool = False,
     ) -> None:
         self.name = name
         self.folder = folder
         self.files = files
         self.geometry = geometry
         self.classes = classes
+        self.exif = exif
         self.origin = origin or f"read from {folder}"
-        self.skipped: list[str] = []  # files that cannot be decoded
+        self.skipped: list[str] = []  # files that cannot be used
+        # Those that are hashed, too, and no others: to look into a million files would take minutes.
+        if turned := sum(pictures.carries_turn(self.path(position)) for position in self._spread) if exif else 0:
+            self.origin += f", turned by EXIF ({turned} of {len(self._spread)} pictures looked into)"
 
     @property
     def labels(self) -> Tensor:
@@ -295,7 +374,9 @@ class FileImages:
             good = torch.tensor(list(pool.map(self._readable, range(len(self.files)))))
         if bool(good.all()):
             return self
-        kept = FileImages(self.name, self.folder, self.files[good], self.geometry, classes=self.classes)
+        kept = copy.copy(self)
+        kept.__dict__.pop("_content", None)  # of all files, if somebody asked for it
+        kept.files = self.files[good]
         kept.skipped = [os.fsdecode(name) for name in self.files.names[~good.numpy()]]
         kept.origin = f"{self.origin}, without {len(kept.skipped)} files that cannot be used"
         warnings.warn(
@@ -310,8 +391,8 @@ class FileImages:
     def warn_of_enlarging(self) -> None:
         """Warn if the first picture already has the size of the crop and would be enlarged and cropped again."""
         try:
-            picture = F.pil_to_tensor(pil_loader(self.path(0)))
-        except (OSError, SyntaxError, ValueError):  # reading the image later raises an error that names it
+            picture = F.pil_to_tensor(pictures.read(self.path(0), exif=self.exif))
+        except (FileNotFoundError, ValueError):  # reading the image later raises an error that names it
             return
         if isinstance(self.geometry, Geometry) and self.geometry.enlarges_a_crop(picture):
             crop, resize = self.geometry.crop, self.geometry.resize
@@ -328,6 +409,7 @@ class FileImages:
             "content": self._content,
             "hashed": f"labels, names and sizes of {len(self.files)} files, bytes of {len(self._spread)}",
             "geometry": str(self.geometry),
+            "exif": self.exif,
             "skipped": self.skipped,
         }
 
@@ -341,7 +423,7 @@ class FileImages:
     def _content(self) -> str:
         digest = hashlib.sha256(fingerprint.of_tensors([("labels", self.labels)]).encode())
         for position, name in enumerate(self.files.names.tolist()):
-            digest.update(b"%s %d\n" % (name, self.path(position).stat().st_size))
+            digest.update(b"%s %d\n" % (name, self._plain(position).st_size))
         for position in self._spread:
             digest.update(self.path(position).read_bytes())
         return digest.hexdigest()
@@ -349,20 +431,28 @@ class FileImages:
     def _image(self, position: int) -> Tensor:
         file = self.path(position)
         try:
-            return self.geometry(pil_loader(file))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"There is no '{file}' (any more).") from None
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow: a broken PNG is a SyntaxError
-            reason = str(error).partition(" <")[0]  # Pillow names its own file object
-            raise ValueError(
-                f"'{file}' cannot be used as an image: {reason}. It has {file.stat().st_size} bytes. Get it again, or "
-                "skip such files with on_error=skip, if the stream has this setting."
-            ) from None
+            return self.geometry(pictures.read(file, exif=self.exif))
+        except ValueError as error:
+            raise self._unusable(file, error) from None
+
+    def _plain(self, position: int) -> os.stat_result:
+        """What the system knows of a file; a ValueError that names it if it is none, so that nobody waits for a pipe."""
+        try:
+            return pictures.check_plain(self.path(position))
+        except ValueError as error:
+            raise self._unusable(self.path(position), error) from None
+
+    def _unusable(self, file: Path, reason: Exception) -> ValueError:
+        size = f" It has {file.stat().st_size} bytes." if file.is_file() else ""
+        return ValueError(
+            f"'{file}' cannot be used as an image: {str(reason).rstrip('.')}.{size} Get it again, or skip such files with "
+            "on_error=skip, if the stream has this setting."
+        )
 
     def _readable(self, position: int) -> bool:
         try:
             self._image(position)
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             return False
         return True
 

@@ -9,6 +9,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 INTERPOLATIONS = [mode.value for mode in InterpolationMode]
+# Times that the longer side of a picture may be the shorter one if it is resized: 1 x 3000 pixels would become 256 x 768 000.
+LONGEST = 100
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,13 @@ class Geometry:
             raise ValueError(f"interpolation is one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}.")
 
     def __call__(self, picture: Any) -> Tensor:
-        """A PIL picture as (3, height, width), uint8."""
+        """A PIL picture as (3, height, width), uint8.
+
+        Raises:
+            ValueError: smaller than the crop, or too long and narrow to be resized; the reason, without the picture's name.
+        """
         if self.resize is not None:
+            _check_shape(picture, self.resize)
             size = [self.resize] * (2 if self.squash else 1)
             picture = F.resize(picture, size, interpolation=InterpolationMode(self.interpolation))
         if self.crop is not None:
@@ -76,15 +83,29 @@ def fitted(picture: Any, preprocessing: Mapping[str, Any]) -> Tensor:
         preprocessing: that of :class:`tta.models.classifier.ImageClassifier`: ``input_size`` (height, width; None leaves the
             picture unchanged), ``resize`` (pixels of the shorter side; None: 8/7 of the input), ``interpolation`` (None:
             bilinear) and ``crop`` (``"squash"`` resizes both sides to the input size; anything else crops the middle).
+
+    Raises:
+        ValueError: too long and narrow a picture to be resized.
     """
     size = preprocessing.get("input_size")
     if size is None or [picture.height, picture.width] == list(size):
         return _tensor(picture)
+    _check_shape(picture, preprocessing.get("resize") or min(size))
     how = InterpolationMode(preprocessing.get("interpolation") or "bilinear")
     if preprocessing.get("crop") == "squash":
         return _tensor(F.resize(picture, list(size), interpolation=how))
     resized = F.resize(picture, [preprocessing.get("resize") or max(size) * 8 // 7], interpolation=how)
     return _tensor(F.center_crop(resized, list(size)))
+
+
+def _check_shape(picture: Any, resize: int) -> None:
+    width, height = picture.size
+    if max(width, height) > LONGEST * min(width, height):
+        factor = resize / max(1, min(width, height))
+        raise ValueError(
+            f"it has {width} x {height} pixels, one side more than {LONGEST} times the other; resized to {resize} pixels it "
+            f"would have {width * factor:.0f} x {height * factor:.0f}"
+        )
 
 
 def _tensor(picture: Any) -> Tensor:

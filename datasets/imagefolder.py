@@ -11,6 +11,7 @@ from tta.datasets.files import (
     FileImages,
     FileList,
     check_on_error,
+    class_numbers,
     data_folder,
     list_flat,
     list_images,
@@ -38,6 +39,8 @@ def domains(
     by_class: bool = False,
     samples: int | None = None,
     on_error: str = "raise",
+    exif: bool = True,
+    class_order: str | None = None,
     seed: int = 0,
 ) -> list[FileImages]:
     """The images of ``root/CLASS/*.jpg``, or of ``root/DOMAIN/CLASS/*.jpg`` for each of the domains named.
@@ -50,8 +53,8 @@ def domains(
         root: the folder; default: the environment variable ``TTA_DATA``, else ``data``, else the cache of ``tta download``.
         domains: folders inside it, in order of arrival, each with the same class folders; default: one domain.
         labels: false: the classes of the images are unknown and their folders are ignored; nothing is scored.
-        class_map: the output of the model for each class folder. Default: the first folder is output 0, and so on, and
-            the model has as many outputs. ``"imagenet"``: folders are named by WordNet ids (n01440764), outputs are
+        class_map: the output of the model for each class folder. Default: the first folder is output 0, and so on (see
+            ``class_order``), and the model has as many outputs. ``"imagenet"``: folders are named by WordNet ids (n01440764), outputs are
             those of ImageNet-1k. A mapping, or a JSON file with one, from folder names to outputs; null for a class that
             the model does not know: its images arrive, but do not count in the errors.
         mask: with ``class_map``, use only the model's outputs for the folder's classes, as published for ImageNet-R.
@@ -62,8 +65,13 @@ def domains(
         interpolation: of the resizing, ``"bilinear"`` as ImageNet-C was made, ``"bicubic"`` ... as the weights expect.
         by_class: class by class instead of shuffled.
         samples: number of images of each domain, the first ones; default: all.
-        on_error: a file that cannot be decoded raises an error on access (``"raise"``), or is left out (``"skip"``): then
-            all files are decoded once in advance, and the manifest lists the skipped ones.
+        on_error: a file that cannot be used raises an error on access that names it (``"raise"``), or is left out
+            (``"skip"``): then all files are decoded once in advance, and the manifest lists the skipped ones. Such are broken
+            pictures, those of too many pixels or more than 100 times as long as wide, links that lead nowhere, and pipes.
+        exif: turn pictures upright as their EXIF orientation says, as viewers do and torchvision's ``ImageFolder`` does not.
+        class_order: of class folders that are all numbers: ``"text"`` (1, 10, 2; as torchvision's ``ImageFolder``) or
+            ``"number"`` (1, 2, 10). Default: as text, with a :class:`tta.datasets.files.ClassOrderWarning` if the two differ,
+            which ``tta run`` takes for an error. Not asked with ``class_map``.
         seed: not used; nothing is drawn.
 
     Raises:
@@ -80,7 +88,7 @@ def domains(
             f"'{parts[0][1]}' holds no class folders: expected CLASS/IMAGE. For a folder of images without "
             "classes, to be predicted but not scored, set labels=false."
         )
-    numbers, classes = numbered(names, class_map, mask)
+    numbers, classes = numbered(names, class_map, mask, class_order)
     made = []
     for name, place in parts:
         if not place.is_dir():
@@ -89,7 +97,7 @@ def domains(
         if labels and domains is None:
             _check_depth(place, files, names)
         files = (files if by_class else files.shuffled()).first(samples)
-        one = FileImages(name, place, files, geometry, classes=classes)
+        one = FileImages(name, place, files, geometry, classes=classes, exif=exif)
         made.append(one.without_unreadable() if on_error == "skip" else one)
     made[0].warn_of_enlarging()
     return made
@@ -119,6 +127,8 @@ def corrupted(
     by_class: bool = False,
     samples: int | None = None,
     on_error: str = "raise",
+    exif: bool = True,
+    class_order: str | None = None,
     seed: int = 0,
 ) -> list[CorruptedFiles]:
     """The images of ``root/CLASS/*.jpg``, once for each corruption, resized and cropped before they are corrupted.
@@ -131,7 +141,8 @@ def corrupted(
         corruptions: names in order of arrival; validation corruptions are allowed.
         recipe: ``"imagenet"``, for images of about 224 pixels, or ``"cifar"``, for about 32.
         seed: of the draws.
-        root, class_map, mask, resize, crop, squash, interpolation, by_class, samples, on_error: as for ``imagefolder``.
+        root, class_map, mask, resize, crop, squash, interpolation, by_class, samples, on_error, exif, class_order: as for
+            ``imagefolder``.
 
     Raises:
         ValueError: as ``imagefolder``; an unknown corruption, severity or recipe.
@@ -147,19 +158,27 @@ def corrupted(
         by_class=by_class,
         samples=samples,
         on_error=on_error,
+        exif=exif,
+        class_order=class_order,
     )
     clean.name = "clean"
     return [CorruptedFiles(name, clean, severity=severity, seed=seed, recipe=recipe) for name in corruptions]
 
 
-def numbered(folders: Sequence[str], class_map: ClassMap, mask: bool) -> tuple[list[int], Classes | None]:
+def numbered(
+    folders: Sequence[str], class_map: ClassMap, mask: bool, class_order: str | None = None
+) -> tuple[list[int], Classes | None]:
     """The label of each class folder, and the classes of these labels; see :func:`domains`.
 
     Raises:
-        ValueError: a folder that the map does not name, or an invalid map.
+        ValueError: a folder that the map does not name, an invalid map, or a map and an order of the classes.
     """
     if class_map is None:
-        return list(range(len(folders))), Classes(len(folders)) if folders else None
+        return class_numbers(folders, class_order), Classes(len(folders)) if folders else None
+    if class_order is not None:
+        raise ValueError(
+            f"class_map names the output of each folder: leave out class_order={class_order!r}, or class_map."
+        )
     known = _read_map(class_map)
     if absent := [name for name in folders if name not in known]:
         raise ValueError(

@@ -139,13 +139,27 @@ def dirichlet_chunks(labels: Positions, delta: float, min_size: int, rng: np.ran
     return np.concatenate(positions)
 
 
+# SAR's script wrote the files of these ratios one after another in one process, shuffling the classes anew for each, so
+# that the file of a ratio has the shuffle of its place in the list: 1000 the second, 500000 the seventh.
+RATIOS = (1, 1000, 2000, 3000, 4000, 5000, 500_000)
+
+
+def class_turn(classes: int, imbalance: float, seed: int) -> list[int]:
+    """Numbers of the classes in the order in which SAR lets them prevail; a ratio that it has no file of: first shuffle."""
+    generator = random.Random(seed)
+    turn: list[int] = []
+    for _ in range(RATIOS.index(imbalance) + 1 if imbalance in RATIOS else 1):
+        turn = list(range(classes))  # shuffled from the start each time, as there
+        generator.shuffle(turn)
+    return turn
+
+
 def imbalanced(labels: Positions, imbalance: float, total: int, seed: int) -> Positions:
     """Positions drawn with replacement, one class after the other being the most frequent."""
     known = np.unique(labels)
     classes = len(known)
     check_parameter(total >= classes, "total", total, f"{classes} or more (a draw for each class)")
-    turn = list(range(classes))
-    random.Random(seed).shuffle(turn)
+    turn = class_turn(classes, imbalance, seed)
     rng = np.random.RandomState(2022)
     draws = rng.random_sample((classes, total // classes))
     drawn = np.empty_like(draws, dtype=np.int64)

@@ -329,7 +329,10 @@ def label_shift(
     *Online imbalance*: Niu et al., ICLR 2023 (SAR). One step of ``total / classes`` draws for each class, in shuffled
     order; in its step a class has ``imbalance`` times the probability of any other. Samples are drawn with replacement,
     the same in each domain. Only the order of the classes depends on the seed (Python's generator); the draws are seeded
-    with 2022, as in the released code.
+    with 2022, as in the released code. It shuffles the classes once for each ratio of its list, 1, 1000, 2000, 3000, 4000,
+    5000 and 500000, one after another, and so does this: the k-th ratio has the k-th shuffle, any other the first. On 50 000
+    images sorted by class, 50 each, seeds 2022 and 2023 give the files that SAR ships, index by index. Those that it reads
+    for its seed 2021 were made with another state of the generator, which nobody published: here 2021 is a seed like any.
 
     *Dirichlet prior* (``prior`` given): Zhao et al., "On Pitfalls of Test-Time Adaptation", ICML 2023 (TTAB). Class
     frequencies are drawn once; as many samples as the most frequent class allows, none twice, shuffled (numpy's

@@ -37,6 +37,7 @@ def write_corrupted(
     crop: int | None = 224,
     quality: int | None = QUALITY,
     on_error: str = "raise",
+    exif: bool = True,
     workers: int = 0,
     progress: Callable[[Iterable[int], int], Iterable[int]] = lambda steps, total: steps,
 ) -> int:
@@ -58,8 +59,9 @@ def write_corrupted(
         resize: pixels of the shorter side; for a folder of images.
         crop: side of the square in the middle; for a folder of images.
         quality: of the JPEG files, 1 to 95; None for PNG files, lossless.
-        on_error: a file of a folder that cannot be decoded raises an error on access (``"raise"``), or is left out
+        on_error: a file of a folder that cannot be used raises an error on access (``"raise"``), or is left out
             (``"skip"``): then all files are decoded once in advance.
+        exif: turn pictures of a folder as their EXIF orientation says.
         workers: processes; 0 works in this one.
         progress: gets the steps and their number, and returns the steps.
 
@@ -81,7 +83,7 @@ def write_corrupted(
     settings = {"recipe": recipe, "seed": seed}
     tasks: _Tasks
     if arrays is None:
-        clean = _clean_files(source, Geometry(resize, crop), on_error)
+        clean = _clean_files(source, Geometry(resize, crop), on_error, exif)
         tasks = _FileTasks(clean, target, corruptions, severities, settings, quality)
     elif tuple(severities) == SEVERITIES:
         tasks = _ArrayTasks(*arrays, target, corruptions, settings)
@@ -136,6 +138,7 @@ class _FileTasks(_Tasks):
         how = {
             "format": "PNG" if quality is None else f"JPEG quality {quality}",
             "geometry": str(clean.geometry),
+            "exif": clean.exif,
             "content": clean.describe()["content"],
             **({"skipped": clean.skipped} if clean.skipped else {}),
         }
@@ -216,13 +219,13 @@ class _ArrayTasks(_Tasks):
         return self.target / f".{corruption}.{severity}.npy"
 
 
-def _clean_files(source: Path, geometry: Geometry, on_error: str) -> FileImages:
+def _clean_files(source: Path, geometry: Geometry, on_error: str, exif: bool) -> FileImages:
     """The images of ``source/CLASS/IMAGE``."""
     names = subfolders(source)
     if not names:
         raise FileNotFoundError(f"'{source}' holds no class folders and no CIFAR: expected CLASS/IMAGE.")
     check_on_error(on_error)
-    clean = FileImages("clean", source, list_images(source, names), geometry)
+    clean = FileImages("clean", source, list_images(source, names), geometry, exif=exif)
     clean = clean.without_unreadable() if on_error == "skip" else clean
     clean.warn_of_enlarging()
     return clean
@@ -252,11 +255,8 @@ def _claim(
     """Write the manifest of a new or resumed copy; a ValueError if the target was made with other settings."""
     file = target / MANIFEST
     before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    differing = [
-        f"{key} {before['how'].get(key)!r}, now {how[key]!r}"
-        for key in how
-        if before and before["how"].get(key) != how[key]
-    ]
+    made = {"exif": False, **before.get("how", {})}  # earlier versions turned nothing, and did not say so
+    differing = [f"{key} {made.get(key)!r}, now {how[key]!r}" for key in how if before and made.get(key) != how[key]]
     if differing:
         raise ValueError(
             f"'{target}' was made with {'; '.join(differing)}. Choose another folder, or the same settings."

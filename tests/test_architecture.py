@@ -17,7 +17,7 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 # Building blocks: flat files, one idea each, that may use one another.
 BLOCKS = (
     "tta.messages tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
-    "tta.modules tta.hyperparameters tta.optimizers tta.inputs tta.snapshots tta.locks tta.export"
+    "tta.modules tta.hyperparameters tta.optimizers tta.inputs tta.snapshots tta.locks tta.export tta.outputs tta.summary"
 )
 ADAPTER = f"{BLOCKS} tta.adapter tta.saving tta.source"
 
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "tta.config": "omegaconf yaml tta.configs tta.hyperparameters tta.messages tta.adapter",
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
     "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
-    "tta.datasets": "torch torchvision numpy sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
+    "tta.datasets": "torch torchvision numpy PIL sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
     "tta.results": "torch torchmetrics numpy pandas pyarrow tta.places tta.functional tta.labels tta.adapter tta.config",
     "tta.report": "numpy pandas rich matplotlib tta.messages tta.datasets tta.results",
     "tta.progress": "lightning rich tta.messages tta.datasets",

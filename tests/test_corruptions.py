@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from torchvision.io import write_png
+from torchvision.io import write_jpeg, write_png
 
 from tta.datasets import corruptions
 from tta.datasets.corruptions import CORRUPTIONS, RECIPES, VALIDATION_CORRUPTIONS, apply, corrupt, draw, draws, frost
@@ -285,14 +285,45 @@ def test_frost_takes_a_folder_of_photographs(tmp_path: Path) -> None:
         corrupt(black, "frost", frost_photographs=tmp_path)
 
 
+def shares(folder: Path, count: int) -> list[float]:
+    """How often each picture is drawn, told by its grey level: 30, 60, ..."""
+    drawn = corrupt(torch.zeros(600, 3, 32, 32, dtype=torch.uint8), "frost", 5, frost_photographs=folder)
+    levels = drawn[:, 0, 0, 0].float() / 0.45
+    return [float((levels - 30 * (n + 1)).abs().lt(4).float().mean()) for n in range(count)]
+
+
+def test_the_sixth_published_photograph_is_never_drawn(tmp_path: Path) -> None:
+    """make_cifar_c.py and make_imagenet_c.py (hendrycks/robustness 8190fe3) list six and draw ``np.random.randint(5)``."""
+    endings = ["png", "png", "png", "jpg", "jpg", "jpg"]
+    for n, ending in enumerate(endings):
+        level = torch.full((3, 200, 200), 30 * (n + 1), dtype=torch.uint8)
+        (write_png if ending == "png" else write_jpeg)(level, str(tmp_path / f"frost{n + 1}.{ending}"))
+    found = shares(tmp_path, 6)
+    assert found[5] == 0
+    assert sum(found) == pytest.approx(1)
+    assert min(found[:5]) > 0.13  # a fifth each, within 4 standard deviations of 600 draws
+    (tmp_path / "frost6.jpg").rename(tmp_path / "mine.jpg")  # another folder is used as it is
+    assert min(shares(tmp_path, 6)) > 0.1
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_texture_has_the_statistics_of_frost(recipe: str) -> None:
+    """Of the five photographs that the released generator uses: mean .64, each as bright, uneven and blue as one of them."""
     textures = torch.stack(frost.textures(recipe)).float() / 255
-    assert 0.42 < textures.mean() < 0.48
-    assert 0.16 < textures.std() < 0.24
+    assert textures.mean((1, 2, 3)).tolist() == pytest.approx([0.513, 0.811, 0.811, 0.597, 0.484], abs=0.005)
+    assert textures.mean(1).std((1, 2)).tolist() == pytest.approx([0.07, 0.086, 0.086, 0.115, 0.169], abs=0.01)
     assert (textures[:, 2].mean((1, 2)) > textures[:, 0].mean((1, 2))).all()  # cool
     assert textures.flatten(1).std(0).mean() > 0.1  # five different ones
-    assert textures.median() < textures.mean()  # bright crystals over dark ground
+    grey = textures.mean(1)
+    skew = ((grey - grey.mean((1, 2), keepdim=True)) ** 3).mean((1, 2))
+    assert (skew > 0).tolist() == [True, False, False, True, True]  # dark gaps in the two bright ones
+
+
+def test_black_images_under_frost_are_as_bright_as_with_the_photographs() -> None:
+    """3000 draws of the released CIFAR recipe at severity 5: mean 72.90, standard deviation of the images' means 17.47."""
+    layer = corrupt(torch.zeros(3000, 3, 32, 32, dtype=torch.uint8), "frost", 5).float().mean((1, 2, 3))
+    assert layer.mean().item() == pytest.approx(72.90, abs=1.5)
+    assert layer.std().item() == pytest.approx(17.47, abs=1.5)
 
 
 # --- random numbers --------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Downloads, from a server on this machine that cuts connections, lies, and answers with web pages."""
 
+import contextlib
 import hashlib
 import io
 import socket
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -32,7 +34,8 @@ class Server:
 
     def __init__(self):
         self.body, self.kind, self.status = BODY, "application/octet-stream", 200
-        self.cut, self.cuts, self.ranges = None, 0, True
+        self.cut, self.cuts, self.ranges, self.length = None, 0, True, True
+        self.hang, self.drip = 0.0, 0.0  # seconds: behind a cut before the connection ends, and before each byte
         self.asked = []
         outer = self
 
@@ -50,12 +53,23 @@ class Server:
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(outer.body) - 1}/{len(outer.body)}")
                 self.send_header("Content-Type", outer.kind)
-                self.send_header("Content-Length", str(len(part)))
+                if outer.length:
+                    self.send_header("Content-Length", str(len(part)))
                 self.end_headers()
-                if outer.cuts:
+                with contextlib.suppress(ConnectionError):  # the client may have hung up
+                    self.answer(part)
+
+            def answer(self, part):
+                if outer.drip:
+                    for byte in part:
+                        time.sleep(outer.drip)
+                        self.wfile.write(bytes([byte]))
+                elif outer.cuts:
                     outer.cuts -= 1
-                    self.wfile.write(part[: outer.cut])
+                    cut = outer.cut.pop(0) if isinstance(outer.cut, list) else outer.cut
+                    self.wfile.write(part[:cut])
                     self.wfile.flush()
+                    time.sleep(outer.hang)
                     self.connection.shutdown(socket.SHUT_RDWR)
                 else:
                     self.wfile.write(part)
@@ -123,6 +137,43 @@ def test_a_server_that_always_cuts_is_given_up(server, tmp_path):
     with pytest.raises(DownloadError, match=rf"1000 of {len(BODY)} bytes are there; call again to go on"):
         fetch(f"{server.url}/file", tmp_path / "file", len(BODY), silent)
     assert len(server.asked) == 1 + module.ATTEMPTS
+
+
+def test_a_server_that_sends_more_than_was_published_is_left(server, tmp_path):
+    server.length = False  # its answers have no end but that of the connection
+    with pytest.raises(DownloadError, match="sends more than the 1000 bytes that were published"):
+        fetch(f"{server.url}/file", tmp_path / "file", 1000, silent)
+    assert len(server.asked) == 1
+    assert not (tmp_path / "file").exists()
+    fetch(f"{server.url}/file", tmp_path / "file", len(BODY), silent)  # the right size, without a length, is taken
+    assert (tmp_path / "file").read_bytes() == BODY
+
+
+def test_what_came_before_a_connection_hung_is_kept(server, tmp_path, monkeypatch):
+    """Less than a chunk, and then nothing until the client gives up."""
+    monkeypatch.setattr(module, "TIMEOUT", 0.3)
+    server.cut, server.cuts, server.hang = 100_000, 2, 0.6
+    fetch(f"{server.url}/file", tmp_path / "file", len(BODY), silent)
+    assert (tmp_path / "file").read_bytes() == BODY
+    assert server.asked == [None, "bytes=100000-", "bytes=200000-"]
+
+
+def test_a_server_that_never_gets_further_is_given_up(server, tmp_path):
+    """Without ranges each attempt starts again: now 1000 bytes, now 500, is no progress."""
+    server.ranges, server.cut, server.cuts = False, [1000, 500] * 20, 40
+    with pytest.raises(DownloadError, match=f"of {len(BODY)} bytes are there; call again to go on"):
+        fetch(f"{server.url}/file", tmp_path / "file", len(BODY), silent)
+    assert len(server.asked) == 1 + module.ATTEMPTS
+
+
+def test_a_connection_that_drips_is_given_up_and_what_it_brought_is_kept(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT", 0.2)
+    server.drip = 0.01
+    with pytest.raises(DownloadError, match=r"only \d+ bytes came in \d+ seconds\. \d+ of 1048576 bytes are there"):
+        fetch(f"{server.url}/file", tmp_path / "file", len(BODY), silent)
+    kept = (tmp_path / "file").read_bytes()
+    assert kept == BODY[: len(kept)] != b""
+    assert len(server.asked) == 1
 
 
 def test_more_than_there_is_starts_again(server, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import tta
 from tta.cli import main
 from tta.datasets import CORRUPTIONS, Stream
-from tta.datasets.orders import ORDERS, dirichlet_chunks
+from tta.datasets.orders import ORDERS, class_turn, dirichlet_chunks, imbalanced
 from tta.datasets.protocols import PROTOCOLS
 from tta.engine import OnlineModule, measure_cost
 
@@ -395,6 +396,33 @@ def test_label_shift_draws_from_each_class_in_its_turn(part, seed, total):
     turns = np.array(part)[first].reshape(len(classes), steps)
     assert (turns == turns[:, :1]).all()  # so large an imbalance leaves one class a step
     assert sorted(turns[:, 0]) == classes
+
+
+# The files that SAR ships (20f6e24, dataset/seed*_total_100000_ir_*.npy): CRC-32 of their numbers as int64.
+SARS_FILES = {
+    (2022, 1): 0x65609ABD,
+    (2022, 1000): 0x572C8D54,
+    (2022, 2000): 0x73756C57,
+    (2022, 3000): 0xC893F2DB,
+    (2022, 4000): 0x42D32BDE,
+    (2022, 5000): 0x1E3517C2,
+    (2022, 500_000): 0x52F76E22,
+    (2023, 1000): 0xC5F425BF,
+    (2023, 500_000): 0xC532613A,
+}
+
+
+@pytest.mark.parametrize(("seed", "imbalance"), SARS_FILES)
+def test_label_shift_gives_the_files_that_sar_ships(seed, imbalance):
+    """50 000 images, 50 of each class: the k-th ratio of SAR's list has the k-th shuffle of the classes."""
+    drawn = imbalanced(np.repeat(np.arange(1000), 50), imbalance, 100_000, seed)
+    assert zlib.crc32(drawn.astype(np.int64).tobytes()) == SARS_FILES[seed, imbalance]
+
+
+def test_a_ratio_that_sar_has_no_file_of_takes_the_first_shuffle():
+    first, other, listed = (class_turn(50, ratio, seed=3) for ratio in (1, 10, 1000))
+    assert first == other != listed
+    assert class_turn(50, 500_000.0, seed=3) == class_turn(50, 500_000, seed=3)  # the command line gives a float
 
 
 def test_label_shift_of_imbalance_1_is_uniform():

@@ -96,13 +96,26 @@ def cifar() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
 
 def test_severity_5_costs_what_the_published_corruptions_cost(cifar: tuple[nn.Module, Tensor, Tensor, Tensor]) -> None:
     measured = errors(*cifar, severity=5)
-    far = {
-        name: (value, PUBLISHED[name])
-        for name, value in measured.items()
-        if abs(value - PUBLISHED[name]) > (5 if name == "frost" else 3)
-    }
+    far = {name: (value, PUBLISHED[name]) for name, value in measured.items() if abs(value - PUBLISHED[name]) > 3}
     assert not far
     assert abs(sum(measured.values()) / 15 - PUBLISHED_MEANS[5]) < 2.5
+
+
+# Mean grey level and PSNR in dB of the released make_cifar_c.py with its photographs: every 250th image by name, 8 draws.
+FROST = {1: (150.4, 18.24), 2: (165.9, 14.70), 3: (167.9, 14.27), 4: (166.1, 14.48), 5: (162.8, 14.83)}
+
+
+@pytest.mark.parametrize("severity", FROST)
+def test_frost_is_as_strong_as_the_published_photographs(
+    cifar: tuple[nn.Module, Tensor, Tensor, Tensor], severity: int
+) -> None:
+    images = cifar[1][::50].repeat(
+        100, 1, 1, 1
+    )  # 4000 draws: a standard error of .06 dB; of the published, .2 dB and .9
+    frozen = corrupt(images, "frost", severity, seed=1).double()
+    psnr = 10 * torch.log10(255**2 / (frozen - images).square().mean((1, 2, 3)))
+    assert frozen.mean().item() == pytest.approx(FROST[severity][0], abs=3)
+    assert psnr.mean().item() == pytest.approx(FROST[severity][1], abs=0.5)
 
 
 @pytest.mark.parametrize("severity", [1, 2, 3, 4])

@@ -74,7 +74,7 @@ def corrupt(
         recipe: set of constants; ``"cifar"`` is for images of about 32 pixels, ``"imagenet"`` for about 224.
         index: (n,), int64, image numbers that seed the draws; default: ``0 .. n-1``.
         frost_photographs: folder of pictures that ``frost`` uses instead of the procedural texture; other corruptions
-            ignore it.
+            ignore it. Of the published frost1 to frost6 the sixth is never drawn, as in the released generators.
 
     Returns:
         (n, 3, height, width), uint8, on the images' device.

@@ -5,6 +5,7 @@ Heavy imports are inside the functions, so that a usage error or ``--help`` need
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class Request:
 def make_stream(request: Request) -> "Stream":
     """The stream asked for; what the request leaves open comes from ``configs/stream``."""
     import tta
+    from tta.datasets.files import ClassOrderWarning
     from tta.engine import reset_period
 
     defaults = config.load("stream", request.stream)
@@ -59,7 +61,9 @@ def make_stream(request: Request) -> "Stream":
     settings = {**defaults, **request.stream_settings}
     if run.protocol == "ccc" and "matrix" not in settings:
         settings = {"cache": CALIBRATIONS, **_calibration(request), **settings}
-    return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ClassOrderWarning)  # nobody reads a warning above a table of wrong labels
+        return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
 
 
 def _calibration(request: Request) -> dict[str, Any]:
@@ -169,8 +173,9 @@ def source_images(model: "ImageClassifier", request: Request) -> "Images | str":
     given = request.run.source
     if given is not None and not Path(given).is_dir():
         return given
-    on_error = request.stream_settings.get("on_error", "raise")
-    return catalog.source_images(given or request.stream, model.preprocessing, on_error=on_error)
+    of_files = ("on_error", "exif", "class_order")
+    same = {key: value for key, value in request.stream_settings.items() if key in of_files}
+    return catalog.source_images(given or request.stream, model.preprocessing, **same)
 
 
 def record(

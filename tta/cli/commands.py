@@ -260,7 +260,7 @@ def _source(arguments: argparse.Namespace) -> int:
 def _corrupt(arguments: argparse.Namespace) -> int:
     from tta.datasets.write import write_corrupted
 
-    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality", "on_error")
+    known = ("corruptions", "severities", "seed", "recipe", "resize", "crop", "quality", "on_error", "exif")
     settings = key_values(arguments.words)
     if strange := next((key for key in settings if key not in known), None):
         raise UsageError(f"No setting '{strange}'.{config.nearest(strange, known)} There are: {', '.join(known)}.")
