@@ -113,12 +113,12 @@ def test_non_finite_update_is_skipped_counted_and_warned_once(cnn, batch, optimi
     assert adapter.skipped_updates == 0
 
 
-def test_flag_of_a_bad_batch_on_a_gpu_is_raised_a_batch_later(cnn, batch):
-    """The deferred path, on the CPU: the flag of the input is set to not finite."""
+def test_flag_of_a_bad_batch_on_a_gpu_is_raised_a_batch_later(cnn, batch, monkeypatch):
+    """The deferred path, on the CPU: the flag of the input says that it is not finite."""
     adapter = tta.adapt(cnn, Exploding)
     adapter(batch)
     before = adapter.state_dict()
-    adapter._input_is_finite = torch.tensor(False)
+    monkeypatch.setattr("tta.adapter.usable", lambda images: torch.tensor(False))
     with pytest.warns(RuntimeWarning):
         adapter(batch)
     assert torch.equal(adapter.state_dict()["model.fc.weight"], before["model.fc.weight"])

@@ -50,10 +50,10 @@ def test_each_unfit_batch_has_a_sentence_and_leaves_no_trace(cnn, images, batch,
 def test_after_a_refused_batch_every_method_goes_on_as_before(cnn, images, method):
     source = [(images, torch.arange(16) % 10)]
     adapter, other = (tta.adapt(cnn, method, source=source) for _ in range(2))
-    with pytest.raises(ValueError, match=r"channels|batch of shape"):
+    with pytest.raises(ValueError, match=r"channels|of shape"):
         adapter(images[:, :1])
     assert torch.equal(adapter(images), other(images))
-    with pytest.raises(ValueError, match=r"channels|batch of shape"):
+    with pytest.raises(ValueError, match=r"channels|of shape"):
         adapter(images[:, :2])
     assert torch.equal(adapter(images.flip(0)), other(images.flip(0)))
 
