@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from tta import config, fingerprint, saving
 from tta.adapter import Adapter, Config, config_class
 from tta.messages import nearest
 from tta.modules import unwrap
+from tta.norms import SmallBatches
+from tta.outputs import KINDS, Outputs
 from tta.source import Need, SourceLike
 
 ENTRY_POINTS = "tta.methods"
@@ -67,6 +69,9 @@ def adapt(
     source: SourceLike | None = None,
     preset: str | Mapping[str, Any] | None = None,
     copy: bool = True,
+    outputs: Outputs = "logits",
+    on_bad: Literal["raise", "skip"] = "raise",
+    small_batches: SmallBatches | None = None,
     **hparams: Any,
 ) -> Adapter:
     """Wrap a source classifier with a test-time adaptation method.
@@ -79,6 +84,14 @@ def adapt(
             :class:`tta.SourceStatistics`, or the path of a saved one. A method that needs none ignores it.
         preset: name of a benchmark whose published settings to start from (``"cifar10-c"``), or the settings.
         copy: ``False`` adapts the caller's own module in place.
+        outputs: ``"logits"``; ``"probabilities"``, of which the logarithm is taken; ``"sigmoid"``, logits of labels that do not
+            exclude one another, or of one class against its absence; or a function that makes logits of the model's output.
+            The adapter returns logits.
+        on_bad: ``"raise"`` refuses a batch in which an image holds NaN or infinity; ``"skip"`` answers the good images, learns
+            from them alone, and gives NaN logits for the others. On a GPU this waits for the batch.
+        small_batches: for methods that normalise by the batch: ``"blend"`` takes n / (n + 16) of the statistics of n images and
+            the rest of the source's, ``"source"`` the source's below 8 images, ``"raise"`` refuses those. Left out, a batch
+            below 8 is warned of once.
         hparams: hyper-parameters of the method; they override the preset.
 
     Returns:
@@ -95,7 +108,9 @@ def adapt(
         torch.Size([8, 10])
     """
     kind, settings = _configured(method, preset, hparams)
-    adapter = kind(model, settings, source=source, copy=copy)
+    adapter = kind(
+        model, settings, source=source, copy=copy, outputs=outputs, on_bad=on_bad, small_batches=small_batches
+    )
     adapter.method = name_of(kind)
     adapter.preset = preset if isinstance(preset, str) else None
     return adapter
@@ -131,7 +146,10 @@ def load(
     settings = {**saving.plain_settings(header["config"], dict.fromkeys(known)), **hparams}
     if statistics is not None and not strict:
         statistics = replace(statistics, model=fingerprint.of_model(unwrap(model)))
-    adapter = adapt(model, kind, source=statistics, **settings)
+    served = {"small_batches": header.get("small_batches")}
+    if header.get("outputs") in KINDS:
+        served["outputs"] = header["outputs"]
+    adapter = adapt(model, kind, source=statistics, **{**served, **settings})
     try:
         adapter.load_state_dict(state, strict=strict)
     except (ValueError, RuntimeError) as error:

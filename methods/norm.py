@@ -44,6 +44,7 @@ class Norm(Adapter):
     A GroupNorm or LayerNorm model has no BatchNorm layers and is refused: on it this method is the source model.
     """
 
+    multi_label = True
     config: NormConfig
 
     def configure_model(self) -> None:

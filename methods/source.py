@@ -12,6 +12,7 @@ class SourceConfig(Config):
 class Source(Adapter):
     """Predict with the source model and learn nothing."""
 
+    multi_label = True
     config: SourceConfig
 
     def adapt(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Tent(Adapter):
     them on).
     """
 
+    multi_label = True
     config: TentConfig
 
     def configure_model(self) -> None:

@@ -26,6 +26,12 @@ def stored_statistics(model: nn.Module) -> dict[str, dict[str, Tensor | None]]:
     }
 
 
+def by_batch_alone(model: nn.Module) -> list[str]:
+    """Names of the BatchNorm layers that have no statistics but the present batch's."""
+    named = norms.named_layers(model, norms.BATCH_NORMS)
+    return [name for name, layer in named if layer.running_mean is None]
+
+
 def needs_images(model: nn.Module) -> list[str]:
     """Names of the layers that normalise by the present batch, and so have no statistics to store without one."""
     return [

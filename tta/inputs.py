@@ -24,6 +24,12 @@ def check(x: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
         raise ValueError(f"Expected {IMAGES}; got {problem}")
 
 
+def good(x: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """Which images of a batch are finite, (batch,) boolean; raises as :func:`check` does. Waits for a GPU when it is read."""
+    check(x, device, dtype)
+    return x.isfinite().flatten(1).all(1)
+
+
 def _problem(x: Tensor, device: torch.device, dtype: torch.dtype | None) -> str:
     if not isinstance(x, Tensor):
         return f"{type(x).__name__}. Pass a torch.Tensor."

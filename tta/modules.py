@@ -50,6 +50,14 @@ def own(model: nn.Module, copied: bool) -> nn.Module:
     return duplicate
 
 
+def remove_hooks(module: nn.Module, kind: type) -> None:
+    """Take forward hooks of a class off a module and all within it."""
+    for part in module.modules():
+        hooks = part._forward_hooks  # noqa: SLF001  # the copy of a hook has no handle
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+
+
 class Slot(NamedTuple):
     """A place for a parameter or buffer: its full name, the module that has it, its name there, and its value now."""
 

@@ -4,12 +4,13 @@ The method chooses the statistics that a BatchNorm layer uses. Every function he
 itself, so that neither ``train()`` nor ``eval()`` can change it afterwards.
 """
 
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tta import channels_last
+from tta.messages import require
+
+SmallBatches: TypeAlias = Literal["blend", "source", "raise"]
+PRIOR = 16  # images that source statistics count as in a blend, as published
+SMALL_BATCH = 8  # images; statistics of fewer are not used where the source's are asked for
 
 # Subclasses count too: timm's BatchNormAct2d, GroupNormAct and LayerNorm2d, SyncBatchNorm, torchvision's LayerNorm2d.
 BATCH_NORMS = (_BatchNorm,)
@@ -302,6 +308,54 @@ class BlendedBatchNorm(nn.Module):
         neutral = {"running_mean": torch.zeros_like(mean), "running_var": torch.ones_like(var) - self.layer.eps}
         out: Tensor = functional_call(self.layer, neutral, (normalised.to(dtype),))
         return out
+
+
+class SmallBatchNorm(BlendedBatchNorm):
+    """A BatchNorm layer for batches of any size: ``weight = n / (n + prior)`` of n images, the rest the source's.
+
+    Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020.
+
+    Args:
+        layer: with the source's statistics.
+        prior: images that the source's statistics count as; infinite for the source's alone in batches below
+            :data:`SMALL_BATCH`, and the batch's alone in larger ones.
+    """
+
+    def __init__(self, layer: _BatchNorm, prior: float) -> None:
+        super().__init__(layer, 0.0)
+        self.prior = prior
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight = len(x) / (len(x) + self.prior) if self.prior < math.inf else float(len(x) >= SMALL_BATCH)
+        return super().forward(x)
+
+
+def serve_small_batches(
+    module: nn.Module, source: Mapping[str, Mapping[str, Tensor | None]], how: SmallBatches
+) -> None:
+    """Wrap the layers that normalise by the batch so that small batches are served; see :func:`tta.adapt`.
+
+    Args:
+        module: of which ``module.model`` and copies of it are looked through.
+        source: the running statistics of the source model's layers, by their names in ``module.model``.
+        how: ``"blend"``, ``"source"``, or ``"raise"``, which wraps nothing here.
+
+    Raises:
+        ValueError: another word.
+    """
+    require(how in ("blend", "source", "raise"), f"small_batches={how!r}", "'blend', 'source' or 'raise'")
+    prior = {"blend": float(PRIOR), "source": math.inf}.get(how)
+    if prior is None:
+        return
+    for path, child in list(module.named_modules()):
+        _, _, name = path.partition(".")
+        if isinstance(child, _BatchNorm) and child.running_mean is None and name in source:
+            channels_last.sum_plainly(child)
+            child.track_running_stats = True
+            for key, value in source[name].items():
+                child.register_buffer(key, None if value is None else value.clone())
+            owner, _, own = path.rpartition(".")
+            setattr(module.get_submodule(owner), own, SmallBatchNorm(child, prior))
 
 
 class RobustBatchNorm(BlendedBatchNorm):

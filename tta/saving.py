@@ -27,6 +27,9 @@ def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
         found.append(f"method '{saved['method']}' there, '{own['method']}' here")
     if saved["weights"] != own["weights"]:
         found.append(f"source weights {saved['weights'][:12]}... there, {own['weights'][:12]}... here")
+    for name in ("outputs", "small_batches"):
+        if saved.get(name) != own[name]:
+            found.append(f"{name}={saved.get(name)} there, {name}={own[name]} here")
     there, here = saved["config"], json.loads(json.dumps(own["config"]))
     for key in {**there, **here}:
         if there.get(key) != here.get(key):
