@@ -26,8 +26,8 @@ class ActMADConfig(OptimizerConfig):
         layers: names or shell patterns of normalisation layers (``["layer3.*", "bn1"]``); None for all.
         position: match the ``"output"`` of a layer, or the ``"activation"``, its output after a ReLU. The released CIFAR
             code matches the activation if an in-place ReLU follows, as in its Wide ResNets.
-        lr_batch: images per batch that ``lr`` is for. The steps of a smaller batch, whose moments are
-            noise, are smaller by the square of its share; 1 for equal steps at any size. None for the published 128 with the default ``lr``, else 1.
+        lr_batch: images per batch that ``lr`` is for. The steps of a smaller batch, whose moments are noise, are smaller by
+            the square of its share; 1 for equal steps at any size. None for the published 128 with the default ``lr``, else 1.
         source_batch_size: source images per batch; means and variances are taken within a batch and averaged.
     """
 

@@ -28,10 +28,11 @@ class OWTTTConfig(OptimizerConfig):
         global_length: number of the last features that weigh most in their running Gaussian.
         queue_size: number of last outlier scores that a threshold is computed from.
         max_prototypes: number of prototypes of unknown classes kept, the newest.
-        lr_batch: images per batch that ``lr`` is for. The steps of a smaller batch, whose moments are
-            noise, are smaller by the square of its share; 1 for equal steps at any size. None for the published 256 with the default ``lr``, else 1.
+        lr_batch: images per batch that ``lr`` is for. The steps of a smaller batch, whose moments are noise, are smaller by
+            the square of its share; 1 for equal steps at any size. None for the published 256 with the default ``lr``, else 1.
         gradients: ``"exact"``, or as in the ``"released"`` code: those of the classification are taken after the
             alignment has moved the BatchNorm statistics that they depend on.
+        source_batch_size: source images per batch; it does not change the statistics.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"

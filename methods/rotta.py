@@ -69,7 +69,6 @@ class RoTTA(Adapter):
         return logits_of(self.teacher(x))
 
     def adapt(self, x: Tensor) -> Tensor:
-        self.memory.check(x)
         with torch.no_grad():
             logits = self.predict(x)
             require(logits.shape[1] > 1, "a model with a single logit", "one logit for each of two classes or more")

@@ -29,8 +29,9 @@ class TTACConfig(OptimizerConfig):
         class_length: number of a class's last samples that weigh most in its running Gaussian.
         class_count: number of samples that a class's initial Gaussian, the source's, counts as.
         min_class_count: number of samples that a class's running Gaussian must hold before the class is aligned.
-        lr_batch: images per step that ``lr`` is for. The steps of a smaller batch, whose moments are
-            noise, are smaller by the square of its share; 1 for equal steps at any size. None for 64 with the default ``lr``, which the published 256 do not need, else 1.
+        lr_batch: images per step that ``lr`` is for. The steps of a smaller batch, whose moments are noise, are smaller by
+            the square of its share; 1 for equal steps at any size. None for 64 with the default ``lr`` (from there on it
+            keeps clean digits; published are 256), else 1.
         class_covariance: ``"full"``, or ``"diagonal"`` for many classes: a full one takes width^2 numbers per class.
         global_length: as ``class_length``, of the Gaussian of all samples.
         queue_size: 0 for one step on each batch as it comes. Else the number of last images that are kept; after every
@@ -38,6 +39,7 @@ class TTACConfig(OptimizerConfig):
         queue_passes: passes over the queue after each batch. Classes are aligned only in the second half of these.
         queue_batch_size: images of the queue per step.
         queue_tolerance: how far the top probability of an image may fall before its class is distrusted.
+        source_batch_size: source images per batch; it does not change the statistics.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
