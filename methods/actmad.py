@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from tta import norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import gradients_of, logits_of
+from tta.methods._steps import fit_steps, lr_batch
 from tta.source import Known, Need, layer_moments
+
+PUBLISHED = (1e-2, 128)  # learning rate for CIFAR-10, and images per batch
 
 
 @dataclass
@@ -23,6 +26,8 @@ class ActMADConfig(OptimizerConfig):
         layers: names or shell patterns of normalisation layers (``["layer3.*", "bn1"]``); None for all.
         position: match the ``"output"`` of a layer, or the ``"activation"``, its output after a ReLU. The released CIFAR
             code matches the activation if an in-place ReLU follows, as in its Wide ResNets.
+        lr_batch: images per batch that ``lr`` is for. The steps of a smaller batch, whose moments are noise, are smaller by
+            the square of its share; 1 for equal steps at any size. None for the published 128 with the default ``lr``, else 1.
         source_batch_size: source images per batch; means and variances are taken within a batch and averaged.
     """
 
@@ -33,10 +38,13 @@ class ActMADConfig(OptimizerConfig):
     score: Literal["before", "after"] = "before"
     layers: list[str] | None = None
     position: Literal["output", "activation"] = "output"
+    lr_batch: int | None = None
     source_batch_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.lr_batch = lr_batch(self.lr_batch, self.lr, PUBLISHED)
+        require(self.lr_batch >= 1, f"lr_batch={self.lr_batch}", "1 image or more")
         require(self.score in ("before", "after"), f"score={self.score!r}", "'before' or 'after'")
         require(self.position in ("output", "activation"), f"position={self.position!r}", "'output' or 'activation'")
         require(self.source_batch_size >= 2, f"source_batch_size={self.source_batch_size}", "2 or more, for a variance")
@@ -145,6 +153,7 @@ class ActMAD(Adapter):
             return self.predict(x)
         for _ in range(self.config.steps):
             output, loss = self.alignment(self.model, x)
+            fit_steps(self.optimizer, self.config.lr, len(x), self.config.lr_batch)
             self.update(loss)
         if self.config.score == "before":
             return logits_of(output)

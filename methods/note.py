@@ -65,7 +65,6 @@ class NOTE(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         if not self.input_finite:  # nothing of a bad batch may enter the memory
             return self.predict(x)
-        self.memory.check(x)
         parts, start, every = [], 0, self.config.update_frequency
         while start < len(x):
             part = x[start : start + every - int(self.memory.offered) % every]

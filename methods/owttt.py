@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from tta import memory, norms, taps
 from tta.adapter import Adapter, OptimizerConfig, Output, require
 from tta.functional import gradients_of, masked_mean, matmul, otsu_threshold, symmetric_kl
+from tta.methods._steps import fit_steps, lr_batch
 from tta.source import Need
 
+PUBLISHED = (0.01, 256)  # learning rate for CIFAR-10-C, and images per batch
 ALIGNMENT = 0.05  # of the released code, for every data set
 
 
@@ -26,6 +28,8 @@ class OWTTTConfig(OptimizerConfig):
         global_length: number of the last features that weigh most in their running Gaussian.
         queue_size: number of last outlier scores that a threshold is computed from.
         max_prototypes: number of prototypes of unknown classes kept, the newest.
+        lr_batch: images per batch that ``lr`` is for. The steps of a smaller batch, whose moments are noise, are smaller by
+            the square of its share; 1 for equal steps at any size. None for the published 256 with the default ``lr``, else 1.
         gradients: ``"exact"``, or as in the ``"released"`` code: those of the classification are taken after the
             alignment has moved the BatchNorm statistics that they depend on.
         source_batch_size: source images per batch; it does not change the statistics.
@@ -39,16 +43,18 @@ class OWTTTConfig(OptimizerConfig):
     global_length: int = 1280
     queue_size: int = 512
     max_prototypes: int = 100
+    lr_batch: int | None = None
     gradients: Literal["exact", "released"] = "exact"
     source_batch_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.lr_batch = lr_batch(self.lr_batch, self.lr, PUBLISHED)
         require(self.delta > 0, f"delta={self.delta}", "a temperature above 0")
         require(self.ce_scale >= 0, f"ce_scale={self.ce_scale}", "a weight of 0 or more")
         require(self.da_scale >= 0, f"da_scale={self.da_scale}", "a weight of 0 or more")
         require(self.gradients in ("exact", "released"), f"gradients={self.gradients!r}", "'exact' or 'released'")
-        for name in ("global_length", "queue_size", "max_prototypes", "source_batch_size"):
+        for name in ("global_length", "queue_size", "max_prototypes", "lr_batch", "source_batch_size"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "1 or more")
 
 
@@ -146,6 +152,7 @@ class OWTTT(Adapter):
                 more = gradients_of(misaligned, parameters, materialize=True)
                 gradients = tuple(map(torch.add, gradients, more))
             loss = loss + misaligned
+        fit_steps(self.optimizer, self.config.lr, len(x), self.config.lr_batch)
         self.update(loss, gradients=gradients, when=had_prototypes | aligned)
 
     def _classification(self, similarities: Tensor, to_unknown: Tensor, scores: Tensor, unknown: Tensor) -> Tensor:

@@ -73,7 +73,6 @@ class RoTTA(Adapter):
         return self.teacher
 
     def adapt(self, x: Tensor) -> Tensor:
-        self.memory.check(x)
         with torch.no_grad():
             logits = self.predict(x)
             require(logits.shape[1] > 1, "a model with a single logit", "one logit for each of two classes or more")

@@ -79,7 +79,7 @@ class STAMP(Adapter):
         self.memory = memory.ReplayMemory(self.config.capacity)
 
     def adapt(self, x: Tensor) -> Output:
-        self.memory.check(x)
+        self.memory.check(x)  # before views are drawn
         with torch.no_grad():
             logits = self.predict(x)
             averaged = self._averaged(logits.log_softmax(1), x)

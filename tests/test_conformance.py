@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 
 import pytest
 import torch
@@ -294,6 +295,20 @@ def test_huge_pixel_teaches_nothing_and_leaves_nothing(make, batches, value, at_
     adapter(with_one_pixel(batches[2], value))
     assert equal_states(adapter.state_dict(), before, but=("_counters", "generator"))
     assert run(adapter, batches[3:]).isfinite().all()
+
+
+@pytest.mark.parametrize("method", tta.list_methods())
+def test_a_model_without_normalisation_works_or_is_refused_with_a_sentence(method, golden_source):
+    """Not with an error of autograd, whatever the method does with the layers that it does not find."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    refused = ""
+    try:
+        adapter = tta.adapt(model, method, source=golden_source[:BATCH], **QUICK.get(method, {}))
+    except ValueError as error:
+        refused = str(error)
+    known = r"has no normalisation layer of the kinds looked for|Looked for a timm VisionTransformer"
+    assert re.search(known, refused) if refused else adapter(golden_source[:BATCH]).isfinite().all()
 
 
 def test_wrong_hyper_parameter_is_named(case, model):

@@ -272,7 +272,7 @@ def _last_weights(model: nn.Module) -> list[str]:
             matrices, seen = _matrices_behind(logits, x)
     except Exception:  # whatever a model does with images that are not its own
         return []
-    owners = {parameter: name.rpartition(".")[0] for name, parameter in model.named_parameters()}
+    owners: dict[Tensor, str] = {parameter: name.rpartition(".")[0] for name, parameter in model.named_parameters()}
     # torch's weight norm keeps the weights of a layer in a module below it
     found = {owners[matrix].partition(".parametrizations.")[0] for matrix in matrices if matrix in owners}
     return [name for name, _ in model.named_modules() if name in found] if seen or len(found) == 1 else called[-1:]
