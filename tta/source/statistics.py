@@ -154,12 +154,15 @@ class SourceStatistics:
         if header.get("source_statistics") != "1":
             raise ValueError(f"'{path}' does not hold source statistics, or was written by another version.")
         entries = []
-        for number, entry in enumerate(json.loads(header["entries"])):
-            prefix = f"{number}."
-            need = Need(**{**entry["need"], "layers": tuple(entry["need"]["layers"])})
-            known = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            entries.append(Entry(need, entry["images"], known))
-        return cls(header["model"], tuple(entries))
+        try:
+            for number, entry in enumerate(json.loads(header["entries"])):
+                prefix = f"{number}."
+                need = Need(**{**entry["need"], "layers": tuple(entry["need"]["layers"])})
+                known = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                entries.append(Entry(need, entry["images"], known))
+            return cls(header["model"], tuple(entries))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"'{path}' does not hold source statistics that can be read: {error!r}.") from error
 
     def _entry(self, need: Need) -> Entry:
         same_kind = [entry for entry in self.entries if entry.need.kind == need.kind]
