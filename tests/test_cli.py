@@ -139,6 +139,12 @@ def test_table_reads_what_run_wrote(tmp_path, capsys):
         assert sign in capsys.readouterr().out
 
 
+def test_leftovers_join_unless_they_are_to_be_kept(tmp_path):
+    assert parse_request(["norm", "leftover=keep"]).run.leftover == "keep"
+    assert parse_request(["norm"]).run.leftover == "join"
+    assert run("norm", "leftover=drop", "--out", str(tmp_path)) == 1
+
+
 def test_table_shows_the_rest_and_names_a_broken_result(tmp_path, capsys):
     assert run("source", "norm", "--out", str(tmp_path)) == 0
     (broken,) = tmp_path.rglob("norm/result.json")

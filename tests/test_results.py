@@ -305,3 +305,9 @@ def test_the_environment_names_the_commit_of_a_checkout():
         pytest.skip("the package in use does not lie in a git checkout")
     head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert environment()["commit"].removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_a_name_is_printed_as_it_is():
+    result = make(method="a\x1b[2J\nb")
+    assert str(result).startswith(r"a\x1b[2J\nb on toy")
+    assert "\x1b" not in repr(result)

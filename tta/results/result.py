@@ -17,6 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from tta import places
+from tta.messages import plain
 from tta.results import curves
 from tta.results.predictions import Predictions
 
@@ -297,7 +298,9 @@ class Result:
             raise ValueError(f"{file}: {error}") from error
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.stream}: mean error {self.mean_error:.1f} % over {len(self.rows)} domains"
+        return plain(
+            f"{self.method} on {self.stream}: mean error {self.mean_error:.1f} % over {len(self.rows)} domains"
+        )
 
     def __repr__(self) -> str:
         return (
@@ -342,8 +345,8 @@ def find_results(
                 raise
     if refused and not results:
         raise refused[0]
-    for error in refused:
-        warnings.warn(f"Left out: {error}", BrokenResultWarning, stacklevel=2)
+    for refusal in refused:
+        warnings.warn(f"Left out: {refusal}", BrokenResultWarning, stacklevel=2)
     return results
 
 
