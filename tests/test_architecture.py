@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
     "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
     "tta.datasets": "torch torchvision numpy PIL sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
-    "tta.results": "torch torchmetrics numpy pandas pyarrow tta.places tta.functional tta.labels tta.adapter tta.config",
+    "tta.results": "torch torchmetrics numpy pandas pyarrow tta.messages tta.places tta.functional tta.labels tta.adapter tta.config",
     "tta.report": "numpy pandas rich matplotlib tta.messages tta.datasets tta.results",
     "tta.progress": "lightning rich tta.messages tta.datasets",
     "tta.callbacks": f"lightning torch tta.batches tta.methods tta.datasets tta.results {ADAPTER}",

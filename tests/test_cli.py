@@ -139,6 +139,34 @@ def test_table_reads_what_run_wrote(tmp_path, capsys):
         assert sign in capsys.readouterr().out
 
 
+def test_leftovers_join_unless_they_are_to_be_kept(tmp_path):
+    assert parse_request(["norm", "leftover=keep"]).run.leftover == "keep"
+    assert parse_request(["norm"]).run.leftover == "join"
+    assert run("norm", "leftover=drop", "--out", str(tmp_path)) == 1
+
+
+def test_table_shows_the_rest_and_names_a_broken_result(tmp_path, capsys):
+    assert run("source", "norm", "--out", str(tmp_path)) == 0
+    (broken,) = tmp_path.rglob("norm/result.json")
+    broken.write_text(broken.read_text()[:100])
+    capsys.readouterr()
+    assert main(["table", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "source" in printed.out
+    assert printed.err.startswith(f"tta: Left out: {broken}: Not a result: invalid JSON")
+    assert main(["table", str(broken.parent)]) == 2  # nothing to show
+    assert str(broken) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a: [", "\xff", "- a", "methods: 5", "methods: {tent: 3}", "1: 2"])
+def test_a_broken_benchmark_is_a_sentence_with_its_name(text, tmp_path, capsys):
+    (tmp_path / "benchmark.yaml").write_bytes(text.encode("latin1"))
+    assert main(["table", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert str(tmp_path / "benchmark.yaml") in printed
+
+
 def test_clean_images_and_metrics(tmp_path, capsys):
     assert run("source", "norm", "clean=true", "--out", str(tmp_path)) == 0
     (file,) = tmp_path.rglob("norm/result.json")

@@ -270,6 +270,57 @@ def test_a_checkpoint_that_does_not_fit_lists_the_names(linear, tmp_path):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.tensor([0.0, float("nan")]), "'.*' holds weights that are NaN or infinite: bias"),
+        (torch.tensor([float("-inf"), 0.0]).half(), "NaN or infinite: bias"),
+        (torch.tensor([1e300, 0.0], dtype=torch.float64), "NaN or infinite: bias"),  # infinite in the network's float32
+        (torch.tensor([1, 2], dtype=torch.int8), r"not floating-point numbers, .*: bias \(torch.int8\)"),
+        (torch.tensor([True, False]), r"not floating-point numbers, .*: bias \(torch.bool\)"),
+    ],
+)
+def test_weights_that_no_network_can_use_are_named(linear, tmp_path, name, bias, message):
+    state, before = {"weight": torch.ones(2, 3), "bias": bias}, linear.weight.clone()
+    torch.save(state, tmp_path / name) if name == "w.pt" else save_file(state, tmp_path / name)
+    with pytest.raises(ValueError, match=message) as error:
+        load_weights(linear, tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    assert "weight," not in str(error.value)  # only the bad one
+    assert torch.equal(linear.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_finite_weights_of_other_widths_are_taken(linear, tmp_path, dtype):
+    torch.save({key: value.to(dtype) for key, value in linear.state_dict().items()}, tmp_path / "w.pt")
+    load_weights(linear, tmp_path / "w.pt")
+    assert linear.weight.dtype == torch.float32
+
+
+def test_normalisation_that_is_not_finite_is_refused(tmp_path):
+    donor = tta.load_model("digits-cnn")
+    torch.save(
+        {**donor.model.state_dict(), "mu": torch.tensor([0.5, 0.5, float("nan")]), "sigma": torch.ones(3)},
+        tmp_path / "w.pt",
+    )
+    with pytest.raises(ValueError, match="mean and std are three numbers each"):
+        tta.load_model("digits-cnn", checkpoint=tmp_path / "w.pt")
+
+
+def test_a_function_whose_network_is_not_finite_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "bad_models.py").write_text(
+        "import torch\n"
+        "def bad():\n"
+        "    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))\n"
+        "    torch.nn.init.constant_(net[1].weight, float('nan'))\n"
+        "    return net\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'bad_models:bad' holds weights that are NaN or infinite: 1\.weight"):
+        tta.load_model("bad_models:bad", mean=HALF, std=HALF)
+
+
 def test_checkpoint_speaks_with_every_spec(tmp_path):
     donor = tta.load_model("digits-cnn")
     save_file({key: value + 1 for key, value in donor.model.state_dict().items()}, tmp_path / "w.safetensors")

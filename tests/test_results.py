@@ -2,6 +2,8 @@
 
 import json
 import math
+import pickle
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tta
-from tta.results import Predictions, Result, Row, compare_errors, differences, environment, error_interval, find_results
+from tta.results import (
+    BrokenResultWarning,
+    Predictions,
+    Result,
+    Row,
+    compare_errors,
+    differences,
+    environment,
+    error_interval,
+    find_results,
+)
 
 
 def predictions(domain, index, label, prediction):
@@ -95,6 +107,96 @@ def test_a_file_that_is_no_result_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         find_results(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+GOOD = json.loads(make([("fog", 1, 1)]).to_json())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": ["x"]},
+        {"stream": None},
+        {"seed": "0"},
+        {"seed": True},
+        {"reset": {}},
+        {"config": None},
+        {"config": []},
+        {"manifest": "m"},
+        {"metrics": [1]},
+        {"seconds": "1"},
+        {"skipped_updates": 0.5},
+        {"rows": 5},
+        {"rows": {"domain": "fog"}},
+        {"rows": [{"domain": ["fog"], "samples": 1, "errors": 1}]},
+        {"rows": [{"domain": "fog", "samples": "1", "errors": 1}]},
+        {"rows": [None]},
+    ],
+    ids=str,
+)
+def test_values_of_other_types_are_named_with_the_file(tmp_path, change):
+    (tmp_path / "result.json").write_text(json.dumps({**GOOD, **change}))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "result.json")) + ".*Not a result"):
+        find_results(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000, b""], ids=["bytes", "deep", "empty"])
+def test_a_file_that_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "result.json"))):
+        find_results(tmp_path)
+
+
+def broken_predictions(kind, file):
+    whole = file.read_bytes()
+    if kind == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif kind == "flipped":
+        file.write_bytes(whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "text":
+        file.write_text("no arrays")
+    elif kind == "pickle":
+        file.write_bytes(pickle.dumps({"domain": 1}))
+    elif kind == "objects":
+        np.savez(file, domain=np.array([{}], dtype=object))
+    elif kind == "strange":
+        np.savez(file, domain=np.zeros(1, int), nonsense=np.zeros(1))
+    elif kind == "matrix":
+        columns = dict.fromkeys(("domain", "index", "label", "prediction"), np.zeros(1, int))
+        np.savez(file, **columns, entropy=np.zeros((1, 2)))
+
+
+KINDS = ["cut", "flipped", "empty", "text", "pickle", "objects", "strange", "matrix"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_predictions_are_named_with_the_file(tmp_path, kind):
+    make([("fog", 1, 0)], predictions=predictions([0], [0], [0], [0])).save(tmp_path)
+    broken_predictions(kind, tmp_path / "predictions.npz")
+    with pytest.raises(
+        ValueError, match=re.escape(str(tmp_path / "predictions.npz")) + ".*not the predictions of a result"
+    ):
+        Result.load(tmp_path)
+
+
+def test_broken_results_are_left_out_where_that_is_asked_for(tmp_path):
+    make([("fog", 1, 1)]).save(tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "result.json").write_text("{")
+    with pytest.warns(BrokenResultWarning, match=re.escape(str(tmp_path / "bad" / "result.json"))):
+        assert find_results(tmp_path, on_error="skip") == [make([("fog", 1, 1)])]
+    with pytest.raises(ValueError, match="invalid JSON"):
+        find_results(tmp_path / "bad", on_error="skip")  # none is left
+    with pytest.raises(ValueError, match="on_error is 'raise' or 'skip'; got 'no'"):
+        find_results(tmp_path, on_error="no")
+
+
+def test_what_is_being_written_is_no_result_yet(tmp_path):
+    make([("fog", 1, 1)]).save(tmp_path / "good")
+    make([("fog", 1, 0)]).save(tmp_path / ".good.host.1.0a")
+    assert len(find_results(tmp_path)) == 1
 
 
 def test_an_absent_result_is_named(tmp_path):
@@ -203,3 +305,9 @@ def test_the_environment_names_the_commit_of_a_checkout():
         pytest.skip("the package in use does not lie in a git checkout")
     head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert environment()["commit"].removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_a_name_is_printed_as_it_is():
+    result = make(method="a\x1b[2J\nb")
+    assert str(result).startswith(r"a\x1b[2J\nb on toy")
+    assert "\x1b" not in repr(result)

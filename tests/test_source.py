@@ -523,3 +523,14 @@ def test_a_run_without_source_says_what_to_give(tmp_path, capsys, monkeypatch):
     assert "Stream 'digits-c' offers no source images. Name a folder of images, or stat" in capsys.readouterr().err
     assert main(["run", "digits-c", "eata", "source=nowhere", "--out", str(tmp_path)]) == 2
     assert "No source statistics at 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "entries",
+    ["", "5", "[1]", "[{}]", '[{"need": {"kind": "x"}, "images": 1}]', '[{"need": {"layers": 3}, "images": 1}]', None],
+)
+def test_broken_statistics_are_named_with_the_file(tmp_path, entries):
+    header = {"source_statistics": "1", "model": "m"} | ({} if entries is None else {"entries": entries})
+    save_file({"0.x": torch.zeros(1)}, tmp_path / "s.safetensors", header)
+    with pytest.raises(ValueError, match=r"s\.safetensors' does not hold source statistics that can be read"):
+        tta.SourceStatistics.load(tmp_path / "s.safetensors")

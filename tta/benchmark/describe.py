@@ -97,12 +97,17 @@ def load(what: str | Path | Mapping[str, Any], settings: Mapping[str, Any] | Non
     Raises:
         ConfigError: an unknown benchmark, method, stream, protocol, model, way or key; the nearest is offered.
     """
-    found = {key: _named(value) if key in AXES else value for key, value in _described(what).items()}
-    found["protocols"] = found.get("protocols") or {"continual": {}}
-    for key, value in (settings or {}).items():
-        _replace(found, key, value)
-    benchmark = config.build(Benchmark, found)
-    _check(benchmark)
+    try:
+        found = {key: _named(key, value or {}) if key in AXES else value for key, value in _described(what).items()}
+        found["protocols"] = found.get("protocols") or {"continual": {}}
+        for key, value in (settings or {}).items():
+            _replace(found, key, value)
+        benchmark = config.build(Benchmark, found)
+        _check(benchmark)
+    except config.ConfigError as error:
+        if isinstance(what, Mapping) or not Path(what).is_file() or str(what) in str(error):
+            raise
+        raise config.ConfigError(f"'{what}': {error}") from None
     return benchmark
 
 
@@ -121,16 +126,21 @@ def _described(what: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return {"name": str(what), **found}
     if not file.is_file():
         raise config.ConfigError(f"No file '{file}'.")
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise config.ConfigError(f"'{file}' cannot be read as YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise config.ConfigError(f"'{file}' does not describe a benchmark: expected keys such as methods and streams.")
     return {"name": file.stem, **found}
 
 
-def _named(value: Any) -> dict[str, Any]:
+def _named(axis: str, value: Any) -> dict[str, Any]:
     """An axis as names with their settings: ``[a, b]`` and ``{a: , b: {}}`` mean the same."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(isinstance(settings or {}, Mapping) for settings in value.values()):
         return {str(name): dict(settings or {}) for name, settings in value.items()}
+    if value is None or not isinstance(value, (str, list, tuple)):
+        raise config.ConfigError(f"{axis}: expected names, or names with the settings of each; got {value!r}.")
     return {str(name): {} for name in ([value] if isinstance(value, str) else value)}
 
 
@@ -141,7 +151,7 @@ def _replace(described: dict[str, Any], key: str, value: Any) -> None:
             raise config.ConfigError(
                 f"A benchmark has no key '{key}'.{config.nearest(key, KEYS)} There are: {', '.join(KEYS)}."
             )
-        described[key] = _named(value) if key in AXES else value
+        described[key] = _named(key, value) if key in AXES else value
     elif owner in ("stream", "protocol"):
         for settings in described.get(f"{owner}s", {}).values():
             settings[name] = value

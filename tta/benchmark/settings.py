@@ -42,6 +42,7 @@ class RunSettings(SharedSettings):
         preset: published settings to start from; None for the preset with the stream's name.
         protocol: its name.
         seed: seed of the stream.
+        leftover: as in :func:`tta.evaluate`.
     """
 
     model: str | None = None
@@ -51,11 +52,12 @@ class RunSettings(SharedSettings):
     preset: str | None = None
     protocol: str = "continual"
     seed: int = 0
+    leftover: str = "join"
 
 
 SHARED = tuple(setting.name for setting in dataclasses.fields(SharedSettings))
 OF_MODEL = ("checkpoint", "num_classes", "mean", "std")  # arguments of tta.load_model
-OF_ENGINE = ("reset", "precision", "accelerator", "num_workers")  # arguments of tta.evaluate
+OF_ENGINE = ("reset", "precision", "accelerator", "num_workers", "leftover")  # arguments of tta.evaluate
 OF_MACHINE = ("accelerator", "num_workers")  # they change no number
 
 

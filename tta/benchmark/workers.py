@@ -82,7 +82,8 @@ def over_ray(task: Task, cells: Iterable[Cell], address: str) -> Iterator[tuple[
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(_in_worker)
-        waiting, running = iter(cells), {}
+        waiting = iter(cells)
+        running: dict[Any, Cell] = {}
         while True:
             # Twice as many as can run, so that none waits for this process, and no more: others may share the work.
             room = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))

@@ -283,15 +283,17 @@ def _corrupt(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace) -> int:
     import tta
     from tta import benchmark
-    from tta.results import find_results
+    from tta.results import BrokenResultWarning, find_results
 
-    with usage_errors():
+    with usage_errors(), warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always", BrokenResultWarning)
         is_benchmark = len(arguments.folders) == 1 and (arguments.folders[0] / benchmark.DESCRIPTION).is_file()
         if is_benchmark:
-            results = find_results(sorted(arguments.folders[0].rglob("result.json")))  # there may be none yet
             table: ResultTable = benchmark.table(arguments.folders[0])
+            cells = sorted(arguments.folders[0].glob("*/[!.]*/result.json"))  # there may be none yet
+            results = find_results(cells, on_error="skip")
         else:
-            results = find_results(arguments.folders)
+            results = find_results(arguments.folders, on_error="skip")
             table = tta.compare(results, metrics=arguments.metrics)
         if arguments.format == "html":
             from tta.report.page import html_page
@@ -299,7 +301,9 @@ def _table(arguments: argparse.Namespace) -> int:
             print(html_page(table, results, title=arguments.folders[0].resolve().name), end="")
         else:
             _print_table(table, arguments.format)
-    return 0
+    for warning in left_out:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return 1 if any(issubclass(warning.category, BrokenResultWarning) for warning in left_out) else 0
 
 
 def _diff(arguments: argparse.Namespace) -> int:

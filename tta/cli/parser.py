@@ -17,7 +17,8 @@ settings:   lr=1e-3            every method named that has the key
             stream.severity=3  the stream, and its protocol's parameters (protocol=correlated delta=0.1)
             model=digits-vit   the rest: model, checkpoint, num_classes, mean, std, source, preset, protocol, reset, seed,
                                batch_size, precision, accelerator, num_workers (processes that read ahead),
-                               clean (true: predict clean images before and after)
+                               clean (true: predict clean images before and after),
+                               leftover (keep: a last batch too small for a method does not join the one before)
 source:     source=FILE        source statistics for methods such as eata, saved by `tta source`, or a folder of images;
                                left out, the stream's own source images if it has any
 ccc:        protocol=ccc matrix=FILE, or without one calibrated on the run's model: target=20 speed=1000 total=7500000

@@ -71,7 +71,8 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or names are missing or unexpected, or shapes differ; they are listed.
+        ValueError: it cannot be read, or names are missing or unexpected, or shapes differ, or weights are not finite or
+            not floating-point numbers; they are listed.
     """
     own = model.state_dict()
     state = {key.removeprefix("module."): value for key, value in read(path).items()}
@@ -94,8 +95,36 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[
         lines = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys]
         hint = "" if wrong["missing"] or wrong["unexpected"] else _other_classes(model, state)
         raise ValueError(f"The checkpoint '{path}' does not fit {type(model).__name__}. " + " ".join(lines) + hint)
+    refuse_bad_weights({key: (state[key], own[key].dtype) for key in own if key in state}, f"The checkpoint '{path}'")
     model.load_state_dict(state, strict=False)  # only num_batches_tracked may be absent: nothing reads it in eval()
     return normalisation
+
+
+def refuse_bad_weights(weights: Mapping[str, tuple[Tensor, torch.dtype]], where: str) -> None:
+    """Raise a ValueError, with the names of the tensors, for weights that no network can use.
+
+    Args:
+        weights: name -> the tensor, and the dtype that the network has it in; whole numbers of a network are not checked.
+        where: the origin of the weights, which begins the message.
+    """
+    floating = {name: (value, kind) for name, (value, kind) in weights.items() if kind.is_floating_point}
+    if wrong := [f"{name} ({value.dtype})" for name, (value, _) in floating.items() if not value.is_floating_point()]:
+        raise ValueError(
+            f"{where} holds weights that are not floating-point numbers, as of a quantised network: {_some(wrong)} "
+            "Convert them to float32 with the code that made them."
+        )
+    # As the network will have them: 1e300 is finite in float64 alone.
+    bad = [name for name, (value, kind) in floating.items() if not _is_finite(value.to(kind))]
+    if bad:
+        raise ValueError(
+            f"{where} holds weights that are NaN or infinite: {_some(bad)} The training that made them diverged, or the "
+            "file is damaged; use an earlier checkpoint."
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    wide = value.float() if value.element_size() == 1 else value  # not every kernel knows 8-bit numbers
+    return bool(wide.isfinite().all())
 
 
 def _aligned(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

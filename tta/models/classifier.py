@@ -64,9 +64,9 @@ class ImageClassifier(nn.Module):
         """Use this mean and standard deviation, three numbers each, and record them.
 
         Raises:
-            ValueError: not three numbers, or a standard deviation that is not above 0.
+            ValueError: not three finite numbers, or a standard deviation that is not above 0.
         """
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
             raise ValueError(
                 f"mean and std are three numbers each, for images in [0, 1], std above 0; got mean={list(mean)}, "
                 f"std={list(std)}."

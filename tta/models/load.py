@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from tta.messages import nearest
 from tta.models import networks
-from tta.models.checkpoints import load_weights
+from tta.models.checkpoints import load_weights, refuse_bad_weights
 from tta.models.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
 from tta.models.families import FAMILIES, ModelSpec, from_function
 
@@ -79,7 +79,8 @@ def load_model(
 
     Raises:
         ValueError: an unknown spec or name of weights (the nearest is offered), a spec without weights of its own and no
-            checkpoint, weights for another number of classes, or a checkpoint whose names do not fit (they are listed).
+            checkpoint, weights for another number of classes, a checkpoint whose names do not fit (they are listed), or
+            weights that are not finite.
         FileNotFoundError: there is no such checkpoint.
         ModuleNotFoundError: ``hf:`` without transformers.
     """
@@ -103,6 +104,8 @@ def load_model(
             model.clean_error = None
     elif not pretrained:
         model.clean_error = None
+    state = {name: value for name, value in model.model.state_dict().items() if isinstance(value, Tensor)}
+    refuse_bad_weights({name: (value, value.dtype) for name, value in state.items()}, f"'{spec}'")
     if mean is not None or std is not None:
         own = model.preprocessing
         model.normalise_by(own["mean"] if mean is None else mean, own["std"] if std is None else std)

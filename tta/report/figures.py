@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -204,7 +204,8 @@ FIGURES: dict[str, Callable[[Iterable[Result]], "Figure"]] = {
 def _panel_of(result: Result) -> tuple[str, ...]:
     """Method, stream, protocol and domains: results in which these are equal share a panel."""
     domains = ", ".join(row.domain for row in result.rows)
-    return result.method, result.stream, str(result.manifest.get("data", {}).get("protocol")), domains
+    data = result.manifest.get("data")
+    return result.method, result.stream, str(data.get("protocol") if isinstance(data, Mapping) else None), domains
 
 
 def _first_of(names: str) -> str:

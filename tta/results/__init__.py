@@ -5,9 +5,10 @@ Modules that load torch (``cost``, ``metrics``, ``record``) are imported only on
 
 from tta.results.intervals import Interval, compare_errors, error_interval
 from tta.results.predictions import Predictions
-from tta.results.result import Result, Row, differences, environment, find_results
+from tta.results.result import BrokenResultWarning, Result, Row, differences, environment, find_results
 
 __all__ = [
+    "BrokenResultWarning",
     "Interval",
     "Predictions",
     "Result",

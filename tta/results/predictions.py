@@ -55,6 +55,9 @@ class Predictions:
             if values.ndim != 1 or not (np.issubdtype(values.dtype, np.integer) or values.size == 0):
                 raise ValueError(f"{name}: expected integers of shape (samples,); got {values.dtype} {values.shape}.")
             object.__setattr__(self, name, values.astype(np.int64))
+        for name, values in self.columns():
+            if values.ndim != 1 or values.dtype.kind not in "iuf":
+                raise ValueError(f"{name}: expected numbers of shape (samples,); got {values.dtype} {values.shape}.")
         lengths = {name: len(values) for name, values in self.columns()}
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} {length}" for name, length in lengths.items())

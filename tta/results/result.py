@@ -5,15 +5,19 @@ import math
 import os
 import platform
 import subprocess
+import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from tta import places
+from tta.messages import plain
 from tta.results import curves
 from tta.results.predictions import Predictions
 
@@ -21,7 +25,25 @@ if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 1
+# Errors of json, numpy and zip for a file that is cut off, of another kind, or made to be refused.
+BROKEN = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    RecursionError,
+    BadZipFile,
+    zlib.error,
+)
 KEYS = ("schema", "method", "stream", "seed", "reset", "rows", "config", "manifest", "seconds", "skipped_updates")
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("method", "stream", "reset"), (str,)),
+    **dict.fromkeys(("seed", "skipped_updates"), (int,)),
+    **dict.fromkeys(("config", "manifest", "metrics"), (dict,)),
+    "seconds": (int, float),
+}
 MEASURED = ("images_per_second", "peak_memory_mb")  # metrics that depend on the machine, too
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "scikit-learn", "tta-toolkit")
 
@@ -41,6 +63,8 @@ class Row:
     errors: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.domain, str):
+            raise TypeError(f"a domain is a name, not {self.domain!r}")
         if not 0 <= self.errors <= self.samples:
             raise ValueError(
                 f"Domain '{self.domain}': expected 0 <= errors <= samples; got {self.errors} errors and "
@@ -181,11 +205,11 @@ class Result:
         """The result that :meth:`to_json` wrote. Errors and their mean are computed again from the counts.
 
         Raises:
-            ValueError: not JSON, a missing key, or a schema newer than this version supports.
+            ValueError: not JSON, a missing key, a value of another type, or a schema newer than this version supports.
         """
         try:
             found = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"Not a result: invalid JSON ({error}). The file may be cut off; run again.") from None
         if not isinstance(found, dict):
             raise ValueError(f"Not a result: expected a JSON object, got {type(found).__name__}.")
@@ -198,10 +222,15 @@ class Result:
             raise ValueError(f"Not a result: missing key {', '.join(map(repr, missing))}.")
         try:
             rows = tuple(Row(**row) for row in found["rows"])
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"Not a result: a row has domain, samples and errors ({error}).") from None
         fields = {key: found[key] for key in KEYS if key not in ("schema", "rows")}
-        return cls(rows=rows, metrics=found.get("metrics", {}), **fields)
+        fields["metrics"] = found.get("metrics", {})
+        for key, value in fields.items():
+            if not isinstance(value, TYPES[key]) or isinstance(value, bool):
+                kinds = " or ".join(kind.__name__ for kind in TYPES[key])
+                raise ValueError(f"Not a result: '{key}' is {_shown(value)}; expected {kinds}.")
+        return cls(rows=rows, **fields)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``result.json``, and with predictions also ``predictions.npz`` and ``curves.parquet``.
@@ -250,17 +279,28 @@ class Result:
             )
         try:
             result = cls.from_json(file.read_text(encoding="utf-8"))
-            arrays = file.with_name("predictions.npz")
-            if not arrays.is_file():
-                return result
+        except BROKEN as error:
+            raise ValueError(f"{file}: {error}") from error
+        arrays = file.with_name("predictions.npz")
+        if not arrays.is_file():
+            return result
+        try:
             with np.load(arrays, allow_pickle=False) as columns:
                 predictions = Predictions(**{name: columns[name] for name in columns.files})
+        except BROKEN as error:
+            raise ValueError(
+                f"{arrays}: not the predictions of a result ({_first_line(error)}). Without this file the result is read "
+                "without its predictions."
+            ) from error
+        try:
             return replace(result, predictions=predictions)  # the constructor compares their counts with the rows
-        except (ValueError, TypeError) as error:
+        except BROKEN as error:
             raise ValueError(f"{file}: {error}") from error
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.stream}: mean error {self.mean_error:.1f} % over {len(self.rows)} domains"
+        return plain(
+            f"{self.method} on {self.stream}: mean error {self.mean_error:.1f} % over {len(self.rows)} domains"
+        )
 
     def __repr__(self) -> str:
         return (
@@ -269,25 +309,63 @@ class Result:
         )
 
 
-def find_results(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Result]:
+def find_results(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, on_error: str = "raise"
+) -> list[Result]:
     """Every result below the folders given, each once, sorted by path within each.
+
+    What lies in a folder whose name begins with a dot is left out: a benchmark writes there what is not finished.
 
     Args:
         paths: folders, or ``result.json`` files.
+        on_error: ``"skip"``: a file that is not a result is left out, with a :class:`BrokenResultWarning` that names it.
 
     Raises:
         FileNotFoundError: a path that does not exist or holds no result.
-        ValueError: a file that is not a result, named.
+        ValueError: a file that is not a result, named; with ``"skip"`` only if there is no other. Or another ``on_error``.
     """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is 'raise' or 'skip'; got {on_error!r}.")
     files: dict[Path, None] = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         root = Path(path)
-        found = sorted(root.rglob("result.json")) if root.is_dir() else [root] if root.is_file() else []
+        below = (file for file in root.rglob("result.json") if not _is_unfinished(file.relative_to(root)))
+        found = sorted(below) if root.is_dir() else [root] if root.is_file() else []
         if not found:
             what = "holds no result.json" if root.exists() else "does not exist"
             raise FileNotFoundError(f"{root} {what}. Expected the output of `tta run --out DIR` or Result.save.")
         files.update(dict.fromkeys(file.resolve() for file in found))
-    return [Result.load(file) for file in files]
+    results, refused = [], []
+    for file in files:
+        try:
+            results.append(Result.load(file))
+        except ValueError as error:
+            refused.append(error)
+            if on_error == "raise":
+                raise
+    if refused and not results:
+        raise refused[0]
+    for refusal in refused:
+        warnings.warn(f"Left out: {refusal}", BrokenResultWarning, stacklevel=2)
+    return results
+
+
+class BrokenResultWarning(UserWarning):
+    """Warning of a file that is not a result and was left out."""
+
+
+def _is_unfinished(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message: a long one by its type."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"
 
 
 def differences(a: Result, b: Result) -> dict[str, tuple[Any, Any]]:

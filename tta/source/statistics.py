@@ -169,7 +169,10 @@ class SourceStatistics:
             raise ValueError(f"'{path}' does not hold source statistics ({error}).") from error
         if header.get("source_statistics") != "1":
             raise ValueError(f"'{path}' does not hold source statistics, or was written by another version.")
-        return cls.of_tensors(header["model"], tensors, header["entries"])
+        try:
+            return cls.of_tensors(header["model"], tensors, header["entries"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"'{path}' does not hold source statistics that can be read: {error!r}.") from error
 
     def _entry(self, need: Need) -> Entry:
         same_kind = [entry for entry in self.entries if entry.need.kind == need.kind]
