@@ -68,6 +68,18 @@ def test_grey_levels_keep_their_place_between_black_and_white(tmp_path, kind):
     assert images_of(tta.stream({"scans": Scans()}))[0].tolist() == [GREY.tolist()] * 3
 
 
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_12_bits_in_16_are_told(tmp_path, ending):
+    save(Image.fromarray(GREY.astype(np.uint16) * 16), tmp_path / "a" / f"0.{ending}")
+    with pytest.warns(UserWarning, match="16-bit picture has no level above 4095.*scale its levels to 16 bits"):
+        images = images_of(stream(tmp_path))
+    assert images.max() == round(255 * 16 * 255 / 65535)
+    save(Image.fromarray(np.zeros((4, 4), np.uint16)), tmp_path / "a" / f"0.{ending}")  # black is black
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(stream(tmp_path))
+
+
 BEYOND = {
     "float": (GREY.astype(np.float32), r"floating-point numbers from 0 to 255, so that nobody knows which is white"),
     "negative": (GREY.astype(np.float32) / 255 - 0.1, r"floating-point numbers from -0\.1 to 0\.9"),
