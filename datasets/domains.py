@@ -16,6 +16,8 @@ from tta import fingerprint
 from tta.datasets import pictures, targets
 from tta.datasets.corruptions import constants, corrupt
 
+BRIGHTEST = 16.0  # floating-point levels that are scaled or normalised stay far below
+
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 images as float32 in [0, 1]; floating-point images are not changed."""
@@ -317,7 +319,7 @@ class DatasetImages:
         self.index = torch.arange(len(self.dataset))
         self._labels: Tensor | None = None
         self._unseen = False  # whether the labels were read without the samples
-        self._turned = False  # whether a picture's EXIF turn was told
+        self._told: set[str] = set()  # warned of
 
     @property
     def labels(self) -> Tensor:
@@ -333,11 +335,14 @@ class DatasetImages:
     def images(self, positions: Tensor) -> Tensor:
         """Images at these positions, stacked."""
         if isinstance(self.dataset, TensorDataset) and len(positions):
-            self._image(int(positions[0]))  # raises if it is not an image
+            self._check_range(int(positions[0]), self._image(int(positions[0])))  # raises if it is not an image
             images, first = self.dataset.tensors[0], int(positions[0])
             run = torch.equal(positions, torch.arange(first, first + len(positions)))
             return images[first : first + len(positions)] if run else images[positions]
-        return torch.stack([self._image(int(i)) for i in positions])
+        read = [self._image(int(i)) for i in positions]
+        if read:
+            self._check_range(int(positions[0]), read[0])  # one of a batch: each would cost as much as scaling it
+        return torch.stack(read)
 
     def describe(self) -> dict[str, Any]:
         """The manifest entry: the dataset's class and a hash over all images and labels."""
@@ -377,17 +382,33 @@ class DatasetImages:
 
     def _picture(self, position: int, picture: Image.Image) -> Any:
         """A PIL image as an array (height, width, 3), uint8."""
-        if not self._turned and pictures.orientation(picture) != 1:
-            self._turned = True
-            warnings.warn(
-                f"Domain '{self.name}', sample {position}: the picture carries an EXIF orientation and is taken as the dataset "
-                "gives it, not turned. To turn it, return PIL.ImageOps.exif_transpose(picture) from the dataset.",
-                stacklevel=2,
+        if "turn" not in self._told and pictures.orientation(picture) != 1:
+            self._tell(
+                "turn",
+                f"sample {position}: the picture carries an EXIF orientation and is taken as the dataset gives it, not turned. "
+                "To turn it, return PIL.ImageOps.exif_transpose(picture) from the dataset.",
             )
         try:
             return np.array(pictures.rgb(picture))
         except ValueError as error:
             raise ValueError(f"Domain '{self.name}', sample {position}: {error}.") from None
+
+    def _tell(self, what: str, message: str) -> None:
+        self._told.add(what)
+        warnings.warn(f"Domain '{self.name}', {message}", stacklevel=2)
+
+    def _check_range(self, position: int, image: Tensor) -> None:
+        """Warn once of floating-point levels that are no [0, 1] and, none being below 0, not normalised ones either."""
+        if "range" in self._told or not image.is_floating_point() or not image.numel():
+            return
+        low, high = (float(level) for level in image.aminmax())
+        if low >= 0 and high > BRIGHTEST:
+            self._tell(
+                "range",
+                f"sample {position}: floating-point levels from {low:g} to {high:g} look like those of an 8-bit image (or a "
+                "deeper one) that were never scaled, and are given to the model as they are. A model of this toolkit takes "
+                "[0, 1]: divide by 255, or by the highest level there can be.",
+            )
 
     def _check_label(self, position: int, label: Any) -> None:
         """Raise a ValueError if a sample gives another label than the dataset's attribute says, by which it is scored."""

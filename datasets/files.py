@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
@@ -140,7 +141,7 @@ def class_numbers(folders: Sequence[str], class_order: str | None) -> list[int]:
     """The label of each class folder: its place in their order. Where all are numbers, this is 1, 10, 2 or 1, 2, 10.
 
     Args:
-        folders: names.
+        folders: names; numbers, or numbers between the same words, as class1, class2.
         class_order: ``"text"``, as torchvision's ``ImageFolder`` sorts; ``"number"``; None: as text, and a warning if the
             numbers have another order. ``tta run`` makes an error of this warning.
 
@@ -150,10 +151,12 @@ def class_numbers(folders: Sequence[str], class_order: str | None) -> list[int]:
     if class_order is not None and class_order not in CLASS_ORDERS:
         raise ValueError(f"class_order is {' or '.join(map(repr, CLASS_ORDERS))}; got {class_order!r}.")
     text = sorted(folders)
-    words = [name for name in text if not (name.isascii() and name.isdecimal())]
-    if class_order == "number" and words:
-        raise ValueError(f"class_order='number' is for class folders that are numbers; these are not: {some(words)}.")
-    number = text if words else sorted(text, key=int)
+    parts = [re.fullmatch(r"([^0-9]*)([0-9]+)([^0-9]*)", name) for name in text]
+    around = {(part[1], part[3]) if part else None for part in parts}
+    are_numbers = len(around) == 1 and None not in around
+    if class_order == "number" and text and not are_numbers:
+        raise ValueError(f"class_order='number' is for class folders that are numbers; these are not: {some(text)}.")
+    number = sorted(text, key=_number) if are_numbers else text
     if class_order is None and number != text:
         warnings.warn(
             f"The {len(text)} class folders are numbers. Sorted as text, as torchvision's ImageFolder does, they are in the "
@@ -165,6 +168,10 @@ def class_numbers(folders: Sequence[str], class_order: str | None) -> list[int]:
     order = number if class_order == "number" else text
     place = {name: label for label, name in enumerate(order)}
     return [place[name] for name in folders]
+
+
+def _number(name: str) -> int:
+    return int(re.sub(r"[^0-9]", "", name))
 
 
 def _leads_up(place: str, home: str) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,14 @@ def carries_turn(file: Path) -> bool:
 def rgb(picture: Any) -> Image.Image:
     """A PIL picture of any mode as RGB of 8 bits: a level keeps its place between black and white.
 
-    16 bits: 65535 becomes 255. Floating point in [0, 1]: 1 becomes 255. 32-bit whole numbers up to 255 are 8 bits already.
+    16 bits: 65535 becomes 255; a warning where nothing is above 4095, as 12 bits in a file of 16 look. Floating point in [0, 1]: 1 becomes 255. 32-bit whole numbers up to 255 are 8 bits already.
     Pillow's own conversion would clip all of these at 255.
 
     Raises:
         ValueError: whole or floating-point numbers beyond, whose white nobody knows, or a mode without colours.
     """
     if picture.mode.startswith("I;16"):
-        return _grey(np.asarray(picture) / 65535)
+        return _grey(_of_16_bits(np.asarray(picture)))
     if picture.mode == "I":
         return _grey(_whole(np.asarray(picture), picture.format))
     if picture.mode == "F":
@@ -110,13 +111,23 @@ def _whole(levels: Any, made: str | None) -> Any:
     """Levels in [0, 1] of whole numbers in a picture of this format."""
     low, high = int(levels.min()), int(levels.max())
     if made in _OF_16_BITS and low >= 0:
-        return levels / 65535
+        return _of_16_bits(levels)
     if low < 0 or high > 255:
         raise ValueError(
             f"its levels are 32-bit whole numbers from {low} to {high}, so that nobody knows which is white: scale them to "
             "0 to 255, or save it in 16 bits"
         )
     return levels / 255
+
+
+def _of_16_bits(levels: Any) -> Any:
+    if 0 < levels.max() < 2**12:  # always the same words, so that they are shown once
+        warnings.warn(
+            "A 16-bit picture has no level above 4095, a sixteenth of white, and is taken to be that dark. If the camera or "
+            "scanner gives 12 bits or fewer, scale its levels to 16 bits.",
+            stacklevel=4,
+        )
+    return levels / 65535
 
 
 def _grey(levels: Any) -> Image.Image:

@@ -50,6 +50,23 @@ def test_officehome(tmp_path, monkeypatch, real):
     assert made[0].images[:, 0, 9, 9].tolist() == pytest.approx([180] * 4, abs=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("officehome", "OFFICEHOME"), ("pacs", "PACS"), ("domainnet-126", "DOMAINNET_126")]
+)
+def test_classes_that_somebody_numbered_need_an_order(tmp_path, monkeypatch, name, kind):
+    published = getattr(domain_folders, kind)
+    monkeypatch.setattr(domain_folders, kind, published._replace(classes=3))
+    build(tmp_path, [folders[0] for folders in published.domains.values()], ["1", "2", "10"])
+
+    def found(**settings):
+        made = tta.stream(name, root=tmp_path, by_class=True, **settings)
+        return [domain.labels.tolist() for domain in made.domains]
+
+    with pytest.warns(UserWarning, match="order 1, 10, 2; as numbers 1, 2, 10.*class_order="):
+        assert found() == [[0, 0, 1, 1, 2, 2]] * 4
+    assert found(class_order="number") == [[0, 0, 2, 2, 1, 1]] * 4  # the files come in the order of the text
+
+
 @pytest.fixture
 def domainnet(tmp_path, monkeypatch):
     """Three classes, of which the lists name two."""

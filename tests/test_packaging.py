@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"tta": "tta", "methods": "tta/methods", "datasets": "tta/datasets", "configs": "tta/configs"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHIPPED = {".py", ".yaml", ".safetensors", ".typed"}
-IMPORTED_AS = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
+IMPORTED_AS = {"scikit-learn": "sklearn", "pyyaml": "yaml", "pillow": "PIL"}
 
 
 def test_packages_are_the_folders_with_an_init_file() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 import tta
 from tta.cli import main
@@ -68,6 +68,18 @@ def test_grey_levels_keep_their_place_between_black_and_white(tmp_path, kind):
     assert images_of(tta.stream({"scans": Scans()}))[0].tolist() == [GREY.tolist()] * 3
 
 
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_12_bits_in_16_are_told(tmp_path, ending):
+    save(Image.fromarray(GREY.astype(np.uint16) * 16), tmp_path / "a" / f"0.{ending}")
+    with pytest.warns(UserWarning, match="16-bit picture has no level above 4095.*scale its levels to 16 bits"):
+        images = images_of(stream(tmp_path))
+    assert images.max() == round(255 * 16 * 255 / 65535)
+    save(Image.fromarray(np.zeros((4, 4), np.uint16)), tmp_path / "a" / f"0.{ending}")  # black is black
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(stream(tmp_path))
+
+
 BEYOND = {
     "float": (GREY.astype(np.float32), r"floating-point numbers from 0 to 255, so that nobody knows which is white"),
     "negative": (GREY.astype(np.float32) / 255 - 0.1, r"floating-point numbers from -0\.1 to 0\.9"),
@@ -96,6 +108,22 @@ def test_levels_whose_white_nobody_knows_are_refused_or_skipped(tmp_path, kind):
 def test_what_is_no_image_of_a_dataset_is_named(given, found):
     with pytest.raises(ValueError, match=rf"Domain 'mine', sample 0: expected an image .* got .*{found}"):
         list(tta.stream({"mine": [(given, 0)]}))
+
+
+@pytest.mark.parametrize("top", [255.0, 65535.0])
+def test_floating_point_levels_that_were_never_scaled_are_told_once(top):
+    images, labels = torch.rand(6, 3, 4, 4) * top, torch.zeros(6, dtype=torch.long)
+    for dataset in (TensorDataset(images, labels), [(image, 0) for image in images]):
+        with pytest.warns(
+            UserWarning, match=r"Domain 'mine', sample 0: floating-point levels from .* 8-bit image.*\[0, 1\]"
+        ) as said:
+            batches = list(tta.stream({"mine": dataset}, batch_size=2))
+        assert len(said) == 1
+        assert torch.equal(torch.cat([batch.images for batch in batches]), images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fine in (images / top, (images / top - 0.45) / 0.22, images - top / 2):
+            list(tta.stream({"mine": TensorDataset(fine, labels)}))
 
 
 def test_corrupted_copies_are_made_of_the_same_levels(tmp_path):
@@ -403,15 +431,25 @@ def test_the_command_line_refuses_what_python_warns_of(numbered, capsys):
 
 
 def test_orders_that_agree_and_names_are_not_asked_about(tmp_path):
-    for folders in (["0", "1", "9"], ["01", "02", "10"], ["8", "9", "10", "x"], ["3"]):
+    for folders in (["0", "1", "9"], ["01", "02", "10"], ["3"], ["a2", "b10"], ["8", "9", "10", "x"]):
         root = tmp_path / "-".join(folders)
         touch(*(root / name / "0.png" for name in folders))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             stream(root)
     with pytest.raises(
-        ValueError, match=r"class_order='number' is for class folders that are numbers; these are not: x"
+        ValueError, match=r"class_order='number' is for class folders that are numbers; these are not: 10, 8, 9, x"
     ):
         stream(root.with_name("8-9-10-x"), class_order="number")
     with pytest.raises(ValueError, match="class_map names the output of each folder: leave out class_order='text'"):
-        stream(root, class_map={"3": 0}, class_order="text")
+        stream(root.with_name("3"), class_map={"3": 0}, class_order="text")
+
+
+def test_numbers_between_the_same_words_are_numbers(tmp_path):
+    touch(*(tmp_path / f"class {number}" / "0.png" for number in (1, 2, 10)))
+    with pytest.warns(
+        ClassOrderWarning, match=r"order class 1, class 10, class 2; as numbers class 1, class 2, class 10\."
+    ):
+        stream(tmp_path)
+    assert sorted(stream(tmp_path, class_order="number", by_class=True).domains[0].labels.tolist()) == [0, 1, 2]
+    assert stream(tmp_path, class_order="number", by_class=True).domains[0].labels.tolist() == [0, 2, 1]
