@@ -30,7 +30,7 @@ def sum_exactly(layer: nn.Module) -> None:
 def sum_plainly(layer: nn.Module) -> None:
     """Turn a :class:`ChannelsLastBatchNorm2d` back into a plain ``nn.BatchNorm2d``, in place."""
     if type(layer) is ChannelsLastBatchNorm2d:
-        layer.__class__ = nn.BatchNorm2d
+        layer.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
 
 
 class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
@@ -44,10 +44,16 @@ class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
         one_value = x.numel() == x.shape[1]  # has no variance: nn.BatchNorm2d raises the error
         if x.device.type != "cpu" or x.dtype != torch.float32 or x.stride(1) != 1 or self.weight is None or one_value:
             return super().forward(x)
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # a traced model holds operations of torch alone
+        if _is_traced():
             return super().forward(x)
         out: Tensor = _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
         return out
+
+
+def _is_traced() -> bool:
+    """Whether a trace or an export is under way, which is to hold operations of torch alone."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or torch.compiler.is_compiling()
 
 
 class _NormaliseRows(torch.autograd.Function):

@@ -90,7 +90,7 @@ def plain(
             for key, value in source[name].items():
                 layer.register_buffer(key, None if value is None else value.clone())
             _store(layer, statistics[name])
-    return duplicate.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload,no-any-return]
+    return duplicate.to(memory_format=torch.contiguous_format).eval()
 
 
 def _unwrap(model: nn.Module, name: str, wrapper: "norms.BlendedBatchNorm", statistics: Statistics | None) -> None:
