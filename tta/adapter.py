@@ -77,6 +77,7 @@ class Adapter(nn.Module):
             self.register_buffer("_counters", torch.zeros(2, dtype=torch.int64, device=device))
             self._counters_seen = torch.zeros(2, dtype=torch.int64)  # a GPU's counters, copied without waiting for it
             self._input_is_finite: Tensor | None = None
+            self._input_is_usable: Tensor | None = None
             self._paused = False
             self._warned = False
             self.source_statistics: list[dict[str, Any]] = []  # description of the statistics used, for the manifest
@@ -185,8 +186,8 @@ class Adapter(nn.Module):
         A boolean scalar on its device; a condition on it waits for a GPU. On the CPU a batch that is not finite is refused
         before :meth:`adapt`, so that it is false for huge values only.
         """
-        flag = self._input_is_finite
-        return torch.ones((), dtype=torch.bool, device=self.device) if flag is None else flag
+        flags = [flag for flag in (self._input_is_finite, self._input_is_usable) if flag is not None]
+        return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=self.device)
 
     def source_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the source model, under their names in ``self.model``; to be read only."""
@@ -278,7 +279,7 @@ class Adapter(nn.Module):
                     slot.value.copy_(source)
         self.restart_optimizer()
         self.generator.manual_seed(0)
-        self._input_is_finite = None
+        self._input_is_finite = self._input_is_usable = None
         self._counters_seen.zero_()
         torch.clear_autocast_cache()
 
@@ -426,8 +427,9 @@ class Adapter(nn.Module):
                 self._counters[1] = 0
                 self._counters_seen.zero_()
                 raise ValueError("An earlier batch held NaN or infinite values. Nothing was learned from it.")
-            self._counters[1] += ~x.isfinite().all()
-        self._input_is_finite = usable(x)
+            self._input_is_finite = x.isfinite().all()
+            self._counters[1] += ~self._input_is_finite
+        self._input_is_usable = usable(x)
         x = x.clone() if x.is_inference() else x
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
