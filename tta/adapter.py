@@ -129,9 +129,7 @@ class Adapter(nn.Module):
             self.generator = torch.Generator()
             device = next((parameter.device for parameter in self.model.parameters()), None)
             self.register_buffer("_counters", torch.zeros(RECOVERIES + 1, dtype=torch.int64, device=device))
-            self._counters_seen = torch.zeros_like(
-                self._counters, device="cpu"
-            )  # a GPU's, copied without waiting for it
+            self._counters_seen = self._counters.cpu().clone()  # those of a GPU are copied without waiting for it
             self._input_is_finite: Tensor | None = None
             self._lock = ModuleLock()
             self._paused_in: Counter[int] = Counter()  # threads, and how many contexts each is in
@@ -759,7 +757,8 @@ class Adapter(nn.Module):
         if self._counters_seen[SKIPPED] > 0:
             self._warn(
                 "skipped",
-                "an update with a non-finite loss or gradient was skipped; the weights are as before it. "
+                "an update with a non-finite loss or gradient, or on images with huge values, was skipped; the weights are as "
+                "before it. "
                 "adapter.skipped_updates counts them. A lower learning rate usually helps.",
             )
         seen = self._counters_seen
