@@ -256,6 +256,15 @@ def test_a_broken_file_is_said_to_be_broken(linear, tmp_path, name, content, mes
         load_weights(linear, tmp_path / name)
 
 
+def test_a_flipped_byte_is_a_sentence(linear, tmp_path):
+    torch.save(linear.state_dict(), tmp_path / "w.pt")
+    whole = (tmp_path / "w.pt").read_bytes()
+    at = whole.index(b"weight")
+    (tmp_path / "w.pt").write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    with pytest.raises(ValueError, match=r"w\.pt' cannot be read as a checkpoint: .* truncated or damaged"):
+        load_weights(linear, tmp_path / "w.pt")
+
+
 def test_a_file_without_weights_names_what_it_holds(linear, tmp_path):
     torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"holds no weights by name.*it holds: epoch, optimizer"):

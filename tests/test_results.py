@@ -153,6 +153,9 @@ def broken_predictions(kind, file):
         file.write_bytes(whole[: len(whole) // 2])
     elif kind == "flipped":
         file.write_bytes(whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])
+    elif kind == "compression":
+        at = whole.index(b"PK\x01\x02")  # the list of files at the end, which names a method that does not exist
+        file.write_bytes(whole[: at + 10] + b"\x63" + whole[at + 11 :])
     elif kind == "empty":
         file.write_bytes(b"")
     elif kind == "text":
@@ -168,7 +171,7 @@ def broken_predictions(kind, file):
         np.savez(file, **columns, entropy=np.zeros((1, 2)))
 
 
-KINDS = ["cut", "flipped", "empty", "text", "pickle", "objects", "strange", "matrix"]
+KINDS = ["cut", "flipped", "empty", "text", "pickle", "objects", "strange", "matrix", "compression"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,9 +39,9 @@ def read(path: str | Path) -> dict[str, Any]:
             f"'{path}' holds more than weights ({_reason(error)}). If you trust its author, convert it once: "
             f"torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)."
         ) from None
-    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes the readers raise anything
         raise ValueError(
-            f"'{path}' cannot be read as a checkpoint: it has {path.stat().st_size} bytes and may be truncated "
+            f"'{path}' cannot be read as a checkpoint: it has {path.stat().st_size} bytes and may be truncated or damaged "
             f"({_reason(error)})."
         ) from None
     for wrapping in WRAPPINGS:

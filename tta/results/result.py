@@ -6,13 +6,11 @@ import os
 import platform
 import subprocess
 import warnings
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -25,18 +23,6 @@ if TYPE_CHECKING:
     import pandas
 
 SCHEMA = 1
-# Errors of json, numpy and zip for a file that is cut off, of another kind, or made to be refused.
-BROKEN = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    EOFError,
-    MemoryError,
-    RecursionError,
-    BadZipFile,
-    zlib.error,
-)
 KEYS = ("schema", "method", "stream", "seed", "reset", "rows", "config", "manifest", "seconds", "skipped_updates")
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("method", "stream", "reset"), (str,)),
@@ -279,7 +265,9 @@ class Result:
             )
         try:
             result = cls.from_json(file.read_text(encoding="utf-8"))
-        except BROKEN as error:
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: Not a result: not a text ({error}).") from error
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         arrays = file.with_name("predictions.npz")
         if not arrays.is_file():
@@ -287,14 +275,14 @@ class Result:
         try:
             with np.load(arrays, allow_pickle=False) as columns:
                 predictions = Predictions(**{name: columns[name] for name in columns.files})
-        except BROKEN as error:
+        except Exception as error:  # a damaged file makes zip and numpy raise anything
             raise ValueError(
                 f"{arrays}: not the predictions of a result ({_first_line(error)}). Without this file the result is read "
                 "without its predictions."
             ) from error
         try:
             return replace(result, predictions=predictions)  # the constructor compares their counts with the rows
-        except BROKEN as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{file}: {error}") from error
 
     def __str__(self) -> str:
