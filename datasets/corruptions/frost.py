@@ -2,8 +2,8 @@
 
 We may not ship the photographs of the published generator. The texture replaces them: patches of needle-like crystals in
 cool grey-blue, at the scale of the recipe (CIFAR's shrinks the photographs to a fifth), five pictures that are as bright,
-as uneven and as tinted as the five photographs that it uses. An image loses as much under either: at severity 1 to 5 of
-CIFAR's recipe a PSNR of 18.2, 14.8, 14.0, 14.8 and 15.0 dB.
+as uneven and as tinted as the five photographs that it uses. CIFAR-10 images have a PSNR of 18.2, 14.8, 13.9, 14.7 and
+14.9 dB at severity 1 to 5 of CIFAR's recipe; with the photographs 18.3, 14.9, 14.0, 14.8 and 15.0 dB.
 """
 
 import math
@@ -110,7 +110,7 @@ def _texture(number: int, look: _Look, side: int, scale: float) -> Tensor:
     feathers = (crystals * (2.5 * patches).softmax(0)).sum(0)
     veins = _standard(sum(_ridged(smooth(-1, width, width)) / 2**k for k, width in enumerate((10.0, 5.0, 2.5, 1.25))))
     # Fine grains are what hides an image's own detail: with them neighbouring pixels correlate by .6 at CIFAR's scale, as
-    # in the photographs, and a ResNet-20 errs on 31 % at severity 5; with a third of them by .84, and on 24 %.
+    # in the photographs, and a ResNet-20 errs on 32 % at severity 5; with a third of them by .84, and on 24 %.
     grains = smooth(-2, 0.3, 0.3)
     cover = smooth(-3, 24.0, 24.0)
     height = _standard(_standard(feathers) + 0.7 * veins + 1.2 * grains + 0.8 * cover)
