@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tta import taps
 from tta.adapter import Adapter, Config, require
-from tta.functional import entropy, matmul
+from tta.functional import entropy, matmul, usable
 
 
 @dataclass
@@ -56,7 +56,7 @@ class T3A(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         features, logits = taps.look(self.model, self._head, x)
         # One bad image keeps the whole batch out: NaN comes last in the order of entropies.
-        self._remember(features, logits.argmax(1), entropy(logits).masked_fill(~self.input_finite, torch.nan))
+        self._remember(features, logits.argmax(1), entropy(logits).masked_fill(~usable(x), torch.nan))
         return self._scores(features)
 
     @torch.no_grad()

@@ -109,15 +109,12 @@ def test_a_filter_that_lets_nothing_through_is_warned_of_once(cnn, images):
     assert adapter.progress() == (60, 0, 60, 0, 0)
 
 
-def test_progress_counts_and_is_reset_and_saved(cnn, images):
+def test_progress_counts_and_is_reset(cnn, images):
     adapter = tta.adapt(cnn, "tent", steps=2)
     adapter(images)
     with adapter.paused():
         adapter(images)
     assert adapter.progress() == (1, 2, 0, 0, 0)
-    other = tta.adapt(cnn, "tent", steps=2)
-    other.load_state_dict(adapter.state_dict())
-    assert other.progress() == adapter.progress()
     adapter.reset()
     assert adapter.progress() == (0, 0, 0, 0, 0)
 

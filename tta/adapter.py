@@ -33,8 +33,8 @@ KEEP_EVERY = 100  # batches between two snapshots that a model with logits that 
 SMALL = 8  # images; batch statistics of fewer are unreliable: 40 CIFAR images one by one, source 15 % wrong, norm 80 %
 SILENT = 50  # batches without a single update, after which a warning says so
 FORMAT = 2  # of saved states
-# Places in the adapter's counters. BAD and LOST count only until they are reported.
-SKIPPED, BAD, MADE, FILTERED, LOST, BATCHES, RECOVERIES = range(7)
+SKIPPED, BAD = range(2)  # places in the counters that are saved; BAD counts only until it is reported
+MADE, FILTERED, LOST, BATCHES, RECOVERIES = range(5)  # places in those that are not; likewise LOST
 
 
 class Output(NamedTuple):
@@ -45,7 +45,7 @@ class Output(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Counts since the source model.
+    """Counts since the adapter was made, reset or loaded.
 
     Attributes:
         batches: that were learned from; those predicted while paused do not count.
@@ -95,7 +95,8 @@ class Adapter(nn.Module):
     _FUSED_ON: ClassVar[tuple[str, ...]] = ("cuda",)
     _CHECKED_AT_ONCE: ClassVar[tuple[str, ...]] = ("cpu",)  # devices where a bad batch is refused before the forward
     _STATE: ClassVar[str] = "adapter_state"  # the JSON part of the state, as bytes: safetensors holds only tensors
-    _counters: Tensor  # on the adapter's device, see SKIPPED to RECOVERIES
+    _counters: Tensor  # on the adapter's device
+    _progress: Tensor  # likewise
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class Adapter(nn.Module):
         self.on_bad, self.small_batches = on_bad, small_batches
         self.config = config if config is not None else config_class(type(self))()
         self.method = type(self).__name__
+        self._built_with = as_dict(self.config)  # a later change of the configuration makes no other adapter
         if isinstance(model, Adapter):
             raise TypeError(f"The model is an adapter already ({type(model).__name__}). Pass its source model.")
         with torch.inference_mode(False), torch.enable_grad():
@@ -120,7 +122,8 @@ class Adapter(nn.Module):
             self.source_fingerprint = fingerprint.of_model(self.model)
             self.model.eval()
             self.outputs = ToLogits(outputs)
-            self._output_hook = self.model.register_forward_hook(self.outputs)
+            if self.outputs.kind != "logits":
+                self.model.register_forward_hook(self.outputs)
             self._source_norms = export.stored_statistics(self.model)
             self._last: Tensor | None = None  # the last batch, for export
             self._channels_last = copy and channels_last.pays(self.model)
@@ -128,8 +131,9 @@ class Adapter(nn.Module):
                 self.model.to(memory_format=torch.channels_last)
             self.generator = torch.Generator()
             device = next((parameter.device for parameter in self.model.parameters()), None)
-            self.register_buffer("_counters", torch.zeros(RECOVERIES + 1, dtype=torch.int64, device=device))
-            self._counters_seen = self._counters.cpu().clone()  # those of a GPU are copied without waiting for it
+            self.register_buffer("_counters", torch.zeros(2, dtype=torch.int64, device=device))
+            self.register_buffer("_progress", torch.zeros(5, dtype=torch.int64, device=device), persistent=False)
+            self._seen = torch.zeros(7, dtype=torch.int64)  # both; those of a GPU are copied without waiting for it
             self._input_is_finite: Tensor | None = None
             self._lock = ModuleLock()
             self._paused_in: Counter[int] = Counter()  # threads, and how many contexts each is in
@@ -211,7 +215,7 @@ class Adapter(nn.Module):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
         elif when is not None and when.device.type == "cpu" and not when:
-            self._counters[FILTERED] += 1
+            self._progress[FILTERED] += 1
             return made  # on a CPU the flag is known without waiting, and the backward pass is saved
         elif loss.requires_grad:
             with torch.autocast(loss.device.type, enabled=False):  # see functional.gradients_of
@@ -224,9 +228,9 @@ class Adapter(nn.Module):
         made = finite if when is None else finite & when
         optimizers.step(optimizer, when=made)
         self._counters[SKIPPED] += ~finite
-        self._counters[MADE] += made
+        self._progress[MADE] += made
         if when is not None:
-            self._counters[FILTERED] += finite & ~when
+            self._progress[FILTERED] += finite & ~when
         optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # a second forward under autocast would otherwise use the weights before the step
         return made
@@ -342,7 +346,7 @@ class Adapter(nn.Module):
             self.restart_optimizer()
             self.generator.manual_seed(0)
             self._input_is_finite = None
-            self._counters_seen.zero_()
+            self._seen.zero_()
             self._good_batches = 0
             self._kept = None
             torch.clear_autocast_cache()
@@ -356,9 +360,9 @@ class Adapter(nn.Module):
         return str(self.summary())
 
     def progress(self) -> Progress:
-        """Counts of batches, updates made and left out, and recoveries since the source model; waits for a GPU."""
-        counters = self._counters.tolist()
-        return Progress(*(counters[place] for place in (BATCHES, MADE, FILTERED, SKIPPED, RECOVERIES)))
+        """Counts of batches, updates made and left out, and recoveries since it was made, reset or loaded; waits for a GPU."""
+        made, filtered, _, batches, recoveries = self._progress.tolist()
+        return Progress(batches, made, filtered, self.skipped_updates, recoveries)
 
     @property
     def device(self) -> torch.device:
@@ -470,7 +474,7 @@ class Adapter(nn.Module):
             "format": FORMAT,
             "version": metadata.version("tta-toolkit"),
             "method": self.method,
-            "config": as_dict(self.config),
+            "config": self._built_with,
             "weights": self.source_fingerprint,
             "outputs": self.outputs.kind if isinstance(self.outputs.kind, str) else repr(self.outputs.kind),
             "small_batches": self.small_batches,
@@ -616,12 +620,12 @@ class Adapter(nn.Module):
             if bad:
                 raise ValueError(f"{bad} of the {len(x)} images hold NaN or infinite values. Nothing was learned.")
         else:
-            if self._counters_seen[LOST] > 0:  # read about a batch late
-                self._counters[LOST] = 0
+            if self._seen[2 + LOST] > 0:  # read about a batch late
+                self._progress[LOST] = 0
                 self._go_back()
-            if self._counters_seen[BAD] > 0:
+            if self._seen[BAD] > 0:
                 self._counters[BAD] = 0
-                self._counters_seen.zero_()
+                self._seen.zero_()
                 raise ValueError("An earlier batch held NaN or infinite values. Nothing was learned from it.")
             self._counters[BAD] += ~x.isfinite().all()
         self._input_is_finite = usable(x)
@@ -692,7 +696,7 @@ class Adapter(nn.Module):
                 self._put_back(before)
             raise
         self._accepted.add(kind)
-        self._counters[BATCHES] += 1
+        self._progress[BATCHES] += 1
         return output
 
     def _explained(self, run: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -713,7 +717,7 @@ class Adapter(nn.Module):
         """
         finite = (output.logits < math.inf).all()
         if x.device.type not in self._CHECKED_AT_ONCE:
-            self._counters[LOST] += ~finite & self.input_finite
+            self._progress[LOST] += ~finite & self.input_finite
         elif not finite and self.input_finite:  # huge values give such logits by themselves, and teach nothing
             self._go_back()
             with torch.no_grad():
@@ -725,13 +729,14 @@ class Adapter(nn.Module):
 
     def _go_back(self) -> None:
         """Return to the last good state; the next time to the source, unless another hundred batches were good."""
-        kept, counters = self._kept, self._counters.clone()
+        kept, counters, progress = self._kept, self._counters.clone(), self._progress.clone()
         if kept is None:
             self.reset()
         else:
             self._put_back(kept)
         self._counters.copy_(counters)
-        self._counters[RECOVERIES] += 1
+        self._progress.copy_(progress)
+        self._progress[RECOVERIES] += 1
         self._good_batches, self._kept = 0, None
         self._warn(
             "lost",
@@ -751,17 +756,18 @@ class Adapter(nn.Module):
         """Warn once of updates left out; the counters of a GPU arrive about a batch late, as nothing waits for them."""
         if self.optimizer is None and self.device.type in self._CHECKED_AT_ONCE:
             return  # nothing can have been counted
-        if self._counters.is_cuda and not self._counters_seen.is_pinned():
-            self._counters_seen = self._counters_seen.pin_memory()
-        self._counters_seen.copy_(self._counters, non_blocking=True)
-        if self._counters_seen[SKIPPED] > 0:
+        if self._counters.is_cuda and not self._seen.is_pinned():
+            self._seen = self._seen.pin_memory()
+        self._seen[:2].copy_(self._counters, non_blocking=True)
+        self._seen[2:].copy_(self._progress, non_blocking=True)
+        if self._seen[SKIPPED] > 0:
             self._warn(
                 "skipped",
                 "an update with a non-finite loss or gradient, or on images with huge values, was skipped; the weights are as "
                 "before it. "
                 "adapter.skipped_updates counts them. A lower learning rate usually helps.",
             )
-        seen = self._counters_seen
+        seen = self._seen[2:]
         if seen[FILTERED] > 0 and seen[BATCHES] >= SILENT and seen[MADE] == 0:
             self._warn(
                 "silent",

@@ -4,6 +4,7 @@ Layers are found inside any wrapper (an input normalisation, a module of your ow
 block: no second forward pass, and nothing is left in the model.
 """
 
+import copy
 import math
 import warnings
 from collections import Counter
@@ -262,6 +263,7 @@ def _last_weights(model: nn.Module) -> list[str]:
     """Names of the modules whose matrices are the last that act on the image before the logits; none if not to be seen."""
     called: list[str] = []
     try:
+        model = copy.deepcopy(model)  # a model may keep what it saw last, whose graph no later copy of it could take
         with _differentiable(model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             x, logits = _probed(model, called)
