@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tta import config, fingerprint, saving
-from tta.adapter import Adapter, Config, config_class
+from tta import config, fingerprint
+from tta.adapter import KINDS, Adapter, Config, Outputs, config_class, saving, unwrap
 from tta.messages import nearest
-from tta.modules import unwrap
 from tta.norms import SmallBatches
-from tta.outputs import KINDS, Outputs
 from tta.source import Need, SourceLike
 
 ENTRY_POINTS = "tta.methods"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tta import augment, ema, norms, optimizers, taps
-from tta.adapter import Adapter, require
+from tta import augment, ema, norms, taps
+from tta.adapter import Adapter, optimizers, require
 from tta.functional import logits_of, symmetric_cross_entropy
 from tta.methods._contrast import ContrastConfig, PrototypeContrast, prototypes_need
 from tta.source import Need

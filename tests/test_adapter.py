@@ -118,7 +118,7 @@ def test_flag_of_a_bad_batch_on_a_gpu_is_raised_a_batch_later(cnn, batch, monkey
     adapter = tta.adapt(cnn, Exploding)
     adapter(batch)
     before = adapter.state_dict()
-    monkeypatch.setattr("tta.adapter.usable", lambda images: torch.tensor(False))
+    monkeypatch.setattr("tta.adapter.defence.usable", lambda images: torch.tensor(False))
     with pytest.warns(RuntimeWarning):
         adapter(batch)
     assert torch.equal(adapter.state_dict()["model.fc.weight"], before["model.fc.weight"])

@@ -17,9 +17,9 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 # Building blocks: flat files, one idea each, that may use one another.
 BLOCKS = (
     "tta.messages tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
-    "tta.modules tta.hyperparameters tta.optimizers tta.inputs tta.snapshots tta.locks tta.export tta.outputs tta.summary"
+    "tta.hyperparameters"
 )
-ADAPTER = f"{BLOCKS} tta.adapter tta.saving tta.source"
+ADAPTER = f"{BLOCKS} tta.adapter tta.source"
 
 # room -> what its modules may import besides the standard library and the room itself. A room is a folder or a file;
 # nothing imports a room below it in this table, and nothing imports `tta` but as a user would.
@@ -34,8 +34,7 @@ MAY_IMPORT = {
     "tta.allocator": "",
     "tta.models": f"torch timm torchvision transformers safetensors tta.paths {BLOCKS}",
     "tta.source": f"torch safetensors {BLOCKS}",
-    "tta.saving": f"torch safetensors tta.source {BLOCKS}",
-    "tta.adapter": f"torch tta.source tta.saving {BLOCKS}",
+    "tta.adapter": f"torch safetensors tta.source {BLOCKS}",
     "tta.configs": "",
     "tta.config": "omegaconf yaml tta.configs tta.hyperparameters tta.messages tta.adapter",
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
@@ -58,6 +57,7 @@ MAY_IMPORT = {
 FOLDERS_WITH_A_FACE = [
     "tta.models",
     "tta.source",
+    "tta.adapter",
     "tta.results",
     "tta.report",
     "tta.benchmark",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import tta
-from tta import optimizers
+from tta.adapter import optimizers
 from tta.methods._contrast import contrastive, new_projector
 from tta.methods.rmt import RMT
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tta import modules, optimizers
+from tta.adapter import modules, optimizers
 
 
 class Snapshot(NamedTuple):
