@@ -443,7 +443,7 @@ class FileImages:
             raise self._unusable(file, error) from None
 
     def _plain(self, position: int) -> os.stat_result:
-        """What the system knows of a file; a ValueError that names it if it is none, so that nobody waits for a pipe."""
+        """Status of a plain file; a ValueError names anything else, so that nobody waits for a pipe."""
         try:
             return pictures.check_plain(self.path(position))
         except ValueError as error:

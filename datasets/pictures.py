@@ -44,7 +44,7 @@ def read(file: Path, *, exif: bool) -> Image.Image:
 
 
 def check_plain(file: Path) -> os.stat_result:
-    """What the system knows of a plain file, which is not opened.
+    """Status of a plain file, which is not opened.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read`.

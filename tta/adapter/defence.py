@@ -50,7 +50,7 @@ class Progress(NamedTuple):
 
 
 class Defence(SavedState):
-    """What keeps an adapter alive in any loop: see :class:`tta.adapter.Adapter`."""
+    """The part of an adapter that keeps it alive in any loop, see :class:`tta.adapter.Adapter`."""
 
     config: Config
     model: nn.Module
