@@ -123,21 +123,23 @@ class Defence(SavedState):
         """The batch in the memory format of the model, apart from the user's graph; a ValueError unless it is fit."""
         inputs.check(x, self.device, self._dtype)
         x = x.clone() if x.is_inference() else x.detach()
+        fit = usable(x)
         if x.device.type in self._CHECKED_AT_ONCE:
-            # If an image is not finite, neither is the sum, at a tenth of the cost. Huge values overflow it too: count.
-            bad = 0 if math.isfinite(x.sum()) else int((~x.isfinite()).flatten(1).any(1).sum())
+            # Huge values are not fit either, but they are predicted: count those that are not finite.
+            bad = 0 if fit else int((~x.isfinite()).flatten(1).any(1).sum())
             if bad:
                 raise ValueError(f"{bad} of the {len(x)} images hold NaN or infinite values. Nothing was learned.")
         else:
             if self._seen[2 + LOST] > 0:  # read about a batch late
                 self._progress[LOST] = 0
+                self._seen[2 + LOST] = 0
                 self._go_back()
             if self._seen[BAD] > 0:
                 self._counters[BAD] = 0
                 self._seen.zero_()
                 raise ValueError("An earlier batch held NaN or infinite values. Nothing was learned from it.")
             self._counters[BAD] += ~x.isfinite().all()
-        self._input_is_finite = usable(x)
+        self._input_is_finite = fit
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _step_of_good(self, x: Tensor, good: Tensor) -> Output:
