@@ -234,7 +234,7 @@ class Defence(SavedState):
             with torch.no_grad():
                 return Output(self.predict(x), output.outlier_score)
         self._good_batches += 1
-        if self._good_batches % KEEP_EVERY == 0 and self.optimizer is not None:
+        if self._good_batches % KEEP_EVERY == 1 and self.optimizer is not None:  # from the first on: memory stays as it is
             self._kept = Snapshot.of(self, self.optimizer, self.generator)
         return output
 
@@ -248,7 +248,7 @@ class Defence(SavedState):
         self._counters.copy_(counters)
         self._progress.copy_(progress)
         self._progress[RECOVERIES] += 1
-        self._good_batches, self._kept = 0, None
+        self._good_batches, self._kept = 1, None
         self._warn(
             "lost",
             "logits were not finite; the adapter went back to "
