@@ -234,9 +234,8 @@ class Defence(SavedState):
             with torch.no_grad():
                 return Output(self.predict(x), output.outlier_score)
         self._good_batches += 1
-        if (
-            self._good_batches % KEEP_EVERY == 1 and self.optimizer is not None
-        ):  # from the first on: memory stays as it is
+        # From the first good batch on, so that the memory in use stays the same afterwards.
+        if self._good_batches % KEEP_EVERY == 1 and self.optimizer is not None:
             self._kept = Snapshot.of(self, self.optimizer, self.generator)
         return output
 
