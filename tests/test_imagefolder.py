@@ -221,9 +221,8 @@ def test_memory_stays_flat_over_many_files(tmp_path):
     domains = [FileImages(str(n), tmp_path, files, geometry) for n in range(15)]
     sizes = [resident() for _ in Stream("many", domains, batch_size=50).loader(1)]
     assert len(sizes) == 90
-    assert (
-        min(sizes[-18:]) - sizes[18] < 22
-    )  # the least of the last fifth: another process may take memory for a moment
+    # The least of the last fifth: another process may take memory for a moment.
+    assert min(sizes[-18:]) - sizes[18] < 22
 
 
 # ---------------------------------------------------------------------- bad files

@@ -25,7 +25,12 @@ GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every level of 8 bits
 
 def save(picture, file, **how):
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file, **how)
+    try:
+        picture.save(file, **how)
+    except OSError as error:
+        if "I;16 as PPM" not in str(error):
+            raise
+        pytest.skip("this release of Pillow writes no 16-bit PGM")
 
 
 def stream(root, name="imagefolder", **settings):
