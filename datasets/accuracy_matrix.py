@@ -26,8 +26,8 @@ from tta.datasets.domains import to_float
 
 Accuracies = NDArray[np.float64]
 Pair = tuple[str, str]
-Cell = tuple[int, int]
-Progress = Callable[[Sequence[Cell]], Iterable[Cell]]  # wraps the cells of a pair while they are measured
+Severities = tuple[int, int]
+Progress = Callable[[Sequence[Severities]], Iterable[Severities]]  # wraps the cells of a pair while they are measured
 
 LEVELS = QUARTERS * HIGHEST + 1
 BATCH = 100  # images per forward pass of the calibration

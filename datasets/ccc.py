@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tta import fingerprint
-from tta.datasets.accuracy_matrix import Accuracies, AccuracyMatrix, Calibration, Cell, Pair
+from tta.datasets.accuracy_matrix import Accuracies, AccuracyMatrix, Calibration, Pair, Severities
 from tta.datasets.corruptions import CORRUPTIONS, QUARTERS, constants, corrupt
 from tta.datasets.domains import Domain
 
@@ -47,7 +47,7 @@ def pairs(names: Sequence[str], seed: int) -> Iterator[Pair]:
         first = second
 
 
-def path(accuracy: Accuracies, target: float) -> list[Cell]:
+def path(accuracy: Accuracies, target: float) -> list[Severities]:
     """Cells (row, column) of an accuracy matrix, from the first corruption alone to the second alone.
 
     A step takes a quarter of severity from the first corruption or adds one to the second. At each cell the path takes
@@ -59,7 +59,7 @@ def path(accuracy: Accuracies, target: float) -> list[Cell]:
     # For the path from each cell to its end: sum of accuracies and length. To the right of the grid there is no path.
     total = {(row, columns): math.inf for row in range(rows)} | {(0, n): float(a) for n, a in enumerate(accuracy[0])}
     length = dict.fromkeys(total, 1)
-    following: dict[Cell, Cell] = {}
+    following: dict[Severities, Severities] = {}
     for row in range(1, rows):
         for column in reversed(range(columns)):
             cell, here = (row, column), float(accuracy[row, column])

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -140,8 +140,7 @@ def load(
     """
     state, header, statistics = saving.read(path)
     kind = method or find(header["method"])
-    known = [field.name for field in fields(config_class(kind))]
-    settings = {**saving.plain_settings(header["config"], dict.fromkeys(known)), **hparams}
+    settings = {**saving.plain_settings(header["config"]), **hparams}
     if statistics is not None and not strict:
         statistics = replace(statistics, model=fingerprint.of_model(unwrap(model)))
     served = {"small_batches": header.get("small_batches")}

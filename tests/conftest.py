@@ -128,7 +128,7 @@ def golden_logits() -> Callable[[str], Tensor]:
 
 
 class Parity:
-    """What equal means: logits are those of the released code, on any processor.
+    """Equality of logits with those of the released code, on any processor.
 
     Kernels sum in different orders, and a method that learns amplifies their rounding: little where it is smooth, a hundred
     times as much where a ReLU, a threshold or a nearest neighbour falls the other way. How far is measured on the machine
@@ -148,7 +148,7 @@ class Parity:
 
     @classmethod
     def unlike(cls, run, theirs, *, largest, median=math.inf, agreeing=0.99, at_once=False):
-        """What of a run's logits is not as in ``theirs``; empty where they are equal.
+        """Difference of a run's logits to ``theirs``, as a sentence; empty if they are equal.
 
         Args:
             run: what a new adapter gives for batches of 64, (images, classes). It takes a function and puts every image
@@ -184,6 +184,18 @@ class Parity:
     @staticmethod
     def _sizes(difference):
         return torch.stack([difference.max(), difference.median()])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise a test of wrong variants by its module's ``MUTANTS``: key -> (images, {name: change})."""
+    if metafunc.function.__name__ == "test_a_wrong_variant_is_not_equal":
+        slow = getattr(metafunc.module, "SLOW", ())
+        rows = [
+            pytest.param(key, images, change, id=f"{key}-{name}", marks=pytest.mark.slow if key in slow else ())
+            for key, (images, changes) in metafunc.module.MUTANTS.items()
+            for name, change in changes.items()
+        ]
+        metafunc.parametrize(("key", "images", "change"), rows)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tta.allocator": "",
     "tta.models": f"torch timm torchvision transformers safetensors tta.paths {BLOCKS}",
     "tta.source": f"torch safetensors {BLOCKS}",
-    "tta.adapter": f"torch safetensors tta.source {BLOCKS}",
+    "tta.adapter": f"torch safetensors tta.places tta.source {BLOCKS}",
     "tta.configs": "",
     "tta.config": "omegaconf yaml tta.configs tta.hyperparameters tta.messages tta.adapter",
     "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
@@ -111,7 +111,7 @@ def room_of(module: str) -> str:
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """What a module imports and may not: another room's, a library's, another method's, or what a folder keeps private."""
+    """Imports of a module that are not allowed: of another room, a library, another method, or a private part of a folder."""
     room = room_of(module)
     if room not in MAY_IMPORT:
         raise AssertionError(f"{module} has no row in MAY_IMPORT of {__file__}: say there what it may import.")

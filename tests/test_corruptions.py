@@ -286,7 +286,7 @@ def test_frost_takes_a_folder_of_photographs(tmp_path: Path) -> None:
 
 
 def shares(folder: Path, count: int) -> list[float]:
-    """How often each picture is drawn, told by its grey level: 30, 60, ..."""
+    """Share of the draws of each picture, recognised by its grey level: 30, 60, ..."""
     drawn = corrupt(torch.zeros(600, 3, 32, 32, dtype=torch.uint8), "frost", 5, frost_photographs=folder)
     levels = drawn[:, 0, 0, 0].float() / 0.45
     return [float((levels - 30 * (n + 1)).abs().lt(4).float().mean()) for n in range(count)]

@@ -34,13 +34,13 @@ def prose(page):
 
 
 def anchors(text):
-    """What headings are called in links."""
+    """Anchors of the headings, as links name them."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 def problem(command):
-    """What is wrong with a command; None where every name in it is known. Nothing is read, run or downloaded."""
+    """Problem of a command; None where every name in it is known. Nothing is read, run or downloaded."""
     try:
         given = parser.make_parser().parse_args(shlex.split(command, comments=True)[1:])
         action = given.command

@@ -30,7 +30,7 @@ def tar_of(files):
 
 
 class Server:
-    """What the server gives: ``body`` under every path, its connection cut behind ``cut`` bytes, ``cuts`` times."""
+    """Answers of the server: ``body`` under every path, its connection cut behind ``cut`` bytes, ``cuts`` times."""
 
     def __init__(self):
         self.body, self.kind, self.status = BODY, "application/octet-stream", 200

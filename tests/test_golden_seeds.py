@@ -89,7 +89,7 @@ def difference(outputs, key):
 
 
 def logits(outputs, key):
-    """What the released code returns: probabilities in one case."""
+    """Logits as the released code returns them: probabilities for stamp."""
     ours = torch.cat([output.logits for output in outputs])
     return ours.exp() if key == "stamp" else ours
 
@@ -133,14 +133,6 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("key", "images", "change"),
-    [
-        pytest.param(key, images, change, id=f"{key}-{name}")
-        for key, (images, changes) in MUTANTS.items()
-        for name, change in changes.items()
-    ],
-)
 def test_a_wrong_variant_is_not_equal(key, images, change, runs, mutated, parity):
     theirs = torch.from_numpy(LOGITS[key])[:images]
     assert parity.unlike(runs(key, images, **mutated(change)), theirs, **bounds(key))

@@ -185,3 +185,13 @@ def test_the_summary_names_layers_left_out_by_a_rule_and_memories(vit, cnn):
     assert tta.adapt(vit, "sar").summary().left_out
     assert "memory: up to 64 images" in repr(tta.adapt(cnn, "rotta"))
     assert "adapts no parameter" in repr(tta.adapt(cnn, "norm"))
+
+
+def test_a_model_exported_with_small_batches_predicts_as_the_paused_adapter(cnn, images):
+    adapter = tta.adapt(cnn, "tent", small_batches="blend")
+    for batch in (images, images[:3]):  # the weight of the statistics is that of the batch at hand, not of the last one
+        adapter(batch)
+    for batch in (images, images[:3]):
+        with adapter.paused():
+            expected = adapter(batch)
+        torch.testing.assert_close(adapter.export(batch, exact=True)(batch), expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What is declared in pyproject.toml is what is there, and the wheel holds all of it."""
+"""pyproject.toml declares the packages and dependencies that there are, and the wheel holds all files."""
 
 import ast
 import os

@@ -80,7 +80,6 @@ class Adapter(Defence):
             if self.outputs.kind != "logits":
                 self.model.register_forward_hook(self.outputs)
             self._source_norms = export.stored_statistics(self.model)
-            self._last: Tensor | None = None  # the last batch, for export
             self._channels_last = copy and channels_last.pays(self.model)
             if self._channels_last:
                 self.model.to(memory_format=torch.channels_last)

@@ -18,7 +18,6 @@ from tta.functional import usable
 from tta.hyperparameters import Config, OptimizerConfig
 
 KEEP_EVERY = 100  # batches between two snapshots that a model with logits that are not finite goes back to
-SMALL = 8  # images; batch statistics of fewer are unreliable: 40 CIFAR images one by one, source 15 % wrong, norm 80 %
 SILENT = 50  # batches without a single update, after which a warning says so
 SKIPPED, BAD = range(2)  # places in the counters that are saved; BAD counts only until it is reported
 MADE, FILTERED, LOST, BATCHES, RECOVERIES = range(5)  # places in those that are not; likewise LOST
@@ -58,12 +57,12 @@ class Defence(SavedState):
     small_batches: norms.SmallBatches | None
     multi_label: ClassVar[bool] = False  # whether its rule holds for several labels an image, each a row of two classes
     _CHECKED_AT_ONCE: ClassVar[tuple[str, ...]] = ("cpu",)  # devices where a bad batch is refused before the forward
-    _counters: Tensor  # on the adapter's device
-    _progress: Tensor  # likewise
+    _counters: Tensor  # on the adapter's device, as _progress
     _seen: Tensor  # both as last read
     _input_is_finite: Tensor | None
     _channels_last: bool
     _dtype: torch.dtype | None
+    _last: Tensor | None  # the last batch, for export
     _accepted: set[tuple[Any, ...]]  # shapes and precisions of batches that went through
     _warned: set[str]
 
@@ -76,7 +75,7 @@ class Defence(SavedState):
         self._lock = ModuleLock()
         self._warned = set()
         self._accepted = set()
-        self._kept, self._good_batches, self._strict = None, 0, True
+        self._kept, self._good_batches, self._strict, self._last = None, 0, True, None
         self._dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
     def adapt(self, x: Tensor) -> "Tensor | Output":
@@ -147,8 +146,10 @@ class Defence(SavedState):
         if good.any():
             found = self.step(x[good])
         else:  # an image of zeros, from which nothing is learned, tells the number of classes
+            last = self._last
             with self.paused():
                 found = self.step(torch.zeros_like(x[:1]))
+            self._last = last  # export is not to calibrate on it
         logits = found.logits.new_full((len(x), found.logits.shape[1]), torch.nan)
         score = None if found.outlier_score is None else logits.new_full((len(x),), torch.nan)
         if good.any():
@@ -180,17 +181,16 @@ class Defence(SavedState):
             )
         if text := outputs.problem(logits, kind):
             self._warn("outputs", text)
-        if len(x) < SMALL and self.small_batches in (None, "raise") and export.by_batch_alone(self.model):
+        if len(x) < norms.SMALL_BATCH and self.small_batches in (None, "raise") and export.by_batch_alone(self.model):
             if self.small_batches == "raise":
                 raise ValueError(
-                    f"A batch of {len(x)} images: statistics of fewer than {SMALL} are not used with small_batches='raise'. Pass "
+                    f"A batch of {len(x)} images: statistics of fewer than {norms.SMALL_BATCH} are not used with small_batches='raise'. Pass "
                     "larger batches, or small_batches='blend' or 'source'."
                 )
             self._warn(
                 "small",
-                f"a batch of {len(x)} gives BatchNorm layers statistics that are unreliable below about 16 images: 40 single "
-                "CIFAR images were 80 % wrong, 15 % with the source's. Pass small_batches='blend' or 'source', or larger "
-                "batches.",
+                f"a batch of {len(x)} gives BatchNorm layers statistics that are unreliable: of 40 CIFAR images one by one 32 "
+                "were wrong, 1 with the source's statistics. Pass small_batches='blend' or 'source', or larger batches.",
             )
 
     def _learned(self, x: Tensor) -> Output:
@@ -269,8 +269,7 @@ class Defence(SavedState):
             self._warn(
                 "skipped",
                 "an update with a non-finite loss or gradient, or on images with huge values, was skipped; the weights are as "
-                "before it. "
-                "adapter.skipped_updates counts them. A lower learning rate usually helps.",
+                "before it. adapter.skipped_updates counts them. A lower learning rate usually helps.",
             )
         seen = self._seen[2:]
         if seen[FILTERED] > 0 and seen[BATCHES] >= SILENT and seen[MADE] == 0:

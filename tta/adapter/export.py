@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tta import channels_last, norms
+from tta import norms
 from tta.functional import logits_of
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, (channels,) each
@@ -37,7 +37,8 @@ def needs_images(model: nn.Module) -> list[str]:
     return [
         name
         for name, layer in model.named_modules()
-        if (isinstance(layer, _BatchNorm) and layer.running_mean is None) or type(layer) is norms.BlendedBatchNorm
+        if (isinstance(layer, _BatchNorm) and layer.running_mean is None)
+        or type(layer) in (norms.BlendedBatchNorm, norms.SmallBatchNorm)
     ]
 
 
@@ -85,10 +86,7 @@ def plain(
         if isinstance(layer, norms.BlendedBatchNorm):
             _unwrap(duplicate, name, layer, statistics.get(name))
         elif isinstance(layer, _BatchNorm) and layer.running_mean is None and name in source:
-            channels_last.sum_plainly(layer)
-            layer.track_running_stats = True
-            for key, value in source[name].items():
-                layer.register_buffer(key, None if value is None else value.clone())
+            norms.store_statistics(layer, source[name])
             _store(layer, statistics[name])
     return duplicate.to(memory_format=torch.contiguous_format).eval()
 

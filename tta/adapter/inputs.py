@@ -25,7 +25,7 @@ def check(x: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
 
 
 def good(x: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """Which images of a batch are finite, (batch,) boolean; raises as :func:`check` does. Waits for a GPU when it is read."""
+    """A mask of the finite images, (batch,) boolean; raises as :func:`check` does."""
     check(x, device, dtype)
     return x.isfinite().flatten(1).all(1)
 

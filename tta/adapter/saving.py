@@ -1,17 +1,15 @@
 """Files of adapters: written whole or not at all, read with a sentence about what is wrong."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from tta import places
 from tta.source import SourceStatistics
 
 HEADER = "adapter_state"
@@ -43,22 +41,13 @@ def write(path: str | Path, state: Mapping[str, Tensor], statistics: SourceStati
     Raises:
         OSError: the folder does not exist, is full or cannot be written; ``path`` is as it was.
     """
-    path = Path(path)
     tensors, entries = dict(state), ""
     if statistics is not None:
         known, entries = statistics.tensors()
         tensors |= {STATISTICS + name: value for name, value in known.items()}
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(tensors, part, {"adapter": "2", "statistics": entries})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    content = save(tensors, {"adapter": "2", "statistics": entries})
+    places.write(Path(path), lambda file: file.write(content))
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], SourceStatistics | None]:
@@ -84,16 +73,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], SourceSta
     return state, header, statistics
 
 
-def plain_settings(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a saved configuration that a file can hold: those that differ from the defaults, objects left out."""
-    return {name: value for name, value in config.items() if name in fields and not _is_object(value)}
+def plain_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a saved configuration that its file holds: not those that were objects, a callable or a tensor."""
+    return {name: value for name, value in config.items() if not _is_object(value)}
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value of a saved configuration is the text of an object: a callable, a tensor."""
-    return isinstance(value, str) and (value.startswith("<") or value.startswith("tensor("))
-
-
-def dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
-    """Precision of the first floating-point tensor of a state."""
-    return next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+    """Whether a value is the text of an object, as :func:`tta.hyperparameters.as_dict` gives it."""
+    return isinstance(value, str) and value.startswith(("<", "tensor("))

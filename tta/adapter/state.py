@@ -37,6 +37,7 @@ class SavedState(nn.Module):
     _source: dict[str, Tensor | None]  # all parameters and buffers of the adapter as it was made, by name
     _kept: Snapshot | None  # last good state; None for the source
     _good_batches: int
+    _progress: Tensor
     _strict: bool  # whether a state of other settings is refused; torch does not pass it on
 
     @property
@@ -129,6 +130,7 @@ class SavedState(nn.Module):
         """Take the adapter's own entries out of ``state_dict``, then load the rest as any module does."""
         header = self._header(state_dict, prefix)
         self._kept, self._good_batches = None, 0
+        self._progress.zero_()
         self.generator.set_state(state_dict.pop(prefix + "generator").cpu())
         self._load_moments(state_dict, prefix + "optimizer.", header["optimizer"])
         for alias, name in modules.aliases(self).items():
