@@ -36,9 +36,8 @@ def read(file: Path, *, exif: bool) -> Image.Image:
     try:
         with file.open("rb") as opened, Image.open(opened) as picture:
             return rgb(ImageOps.exif_transpose(picture) if exif and orientation(picture) != 1 else picture)
-    except (
-        Exception
-    ) as error:  # Pillow: a broken PNG is a SyntaxError, a bomb of a class of its own, and there are more
+    except Exception as error:
+        # A broken PNG is a SyntaxError of Pillow, a bomb is of a class of its own, and there are more.
         reason = str(error).partition(" <")[0]  # Pillow names its own file object
         raise ValueError(reason or type(error).__name__) from None
 

@@ -66,7 +66,7 @@ def present(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS)
 def unknown_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that look like normalisation layers with a scale or shift, of none of the kinds known, with their names.
 
-    They are told by their class's name (``LayerNorm2d``, ``RmsNorm``): it holds "norm", and the module holds parameters
+    They are recognised by their class's name (``LayerNorm2d``, ``RmsNorm``): it holds "norm", and the module holds parameters
     and no other module.
     """
     return [

@@ -263,13 +263,20 @@ def _last_weights(model: nn.Module) -> list[str]:
     """Names of the modules whose matrices are the last that act on the image before the logits; none if not to be seen."""
     called: list[str] = []
     try:
-        model = copy.deepcopy(model)  # a model may keep what it saw last, whose graph no later copy of it could take
-        with _differentiable(model), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # On a copy: a model may keep what it saw last, with a graph that no later copy of it could take.
+        model = copy.deepcopy(model).eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             x, logits = _probed(model, called)
-            if (
-                not logits.requires_grad
-            ):  # nothing leads back from the logits: it is the last linear layer to be reached
+            if not logits.requires_grad:  # nothing leads back from the logits: the last linear layer that was called
                 return called[-1:]
             matrices, seen = _matrices_behind(logits, x)
     except Exception:  # whatever a model does with images that are not its own
@@ -278,25 +285,6 @@ def _last_weights(model: nn.Module) -> list[str]:
     # torch's weight norm keeps the weights of a layer in a module below it
     found = {owners[matrix].partition(".parametrizations.")[0] for matrix in matrices if matrix in owners}
     return [name for name, _ in model.named_modules() if name in found] if seen or len(found) == 1 else called[-1:]
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is in eval mode and all its weights require gradients."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if parameter.is_floating_point()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        for parameter, _ in flags:
-            parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _probed(model: nn.Module, called: list[str]) -> tuple[Tensor, Tensor]:

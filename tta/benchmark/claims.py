@@ -79,10 +79,10 @@ def shared(
         todo: the cells to run, without a result so far.
         folder: where their outcomes are.
         work: runs the cells that it is given, and takes each only when it can start with it.
-        say: told once which processes are waited for.
+        say: called once, with a sentence on which processes are waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    claims, told = Claims(folder), False
+    claims, announced = Claims(folder), False
     failed_before = {cell.name: _failed_at(folder, cell) for cell in todo}
     left = list(todo)
     try:
@@ -94,8 +94,8 @@ def shared(
                 claims.free(cell)
                 yield cell, outcome
             yield from finished
-            if others and not told:
-                told = True
+            if others and not announced:
+                announced = True
                 names = ", ".join(dict.fromkeys(map(claims.owner, others)))
                 count = "1 cell is" if len(others) == 1 else f"{len(others)} cells are"
                 say(f"{count} run by {names}: waiting for that.")
