@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 import tta
 from tta import config, methods
@@ -92,22 +93,27 @@ def released(kind: type) -> dict[str, Any]:
 
 @cache
 def families() -> dict[str, nn.Module]:
-    """A model for each kind of normalisation: the embedded ones, and the CNN with GroupNorm layers instead."""
+    """A model for each kind of normalisation, and one of two towers: the embedded ones, and the CNN with GroupNorm layers."""
     cnn = tta.load_model("digits-cnn")
     grouped = copy.deepcopy(cnn)
     for name, layer in list(grouped.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
             grouped.set_submodule(name, nn.GroupNorm(8, layer.num_features))
-    return {"BatchNorm": cnn, "GroupNorm": grouped.eval(), "ViT": tta.load_model("digits-vit")}
+    vit, clip = tta.load_model("digits-vit"), tta.load_model("digits-clip")
+    return {"BatchNorm": cnn, "GroupNorm": grouped.eval(), "ViT": vit, "CLIP": clip}
 
 
 @cache
-def source_images() -> Tensor:
-    return catalog.source_images("digits-c")[: 2 * BATCH][0]
+def source_images() -> Subset[Any]:
+    """With their labels, for the methods that need these."""
+    return Subset(catalog.source_images("digits-c"), range(2 * BATCH))
 
 
 def make(method: str, family: str) -> Adapter:
-    return tta.adapt(families()[family], method, source=source_images())
+    kind = methods.find(method)
+    (task, *_) = kind.tasks  # a method that serves one other task must be told
+    brief = {"source_steps": 1} if methods.has_source_stage(kind) else {}  # no fact depends on what a part has learned
+    return tta.adapt(families()[family], method, source=source_images(), task=task, **brief)
 
 
 def models(method: str) -> list[str]:
@@ -136,7 +142,8 @@ def source(method: str, family: str) -> str:
     text = f"{'labelled' if any(need.labels for need in needs()) else 'unlabelled'} images ({kinds})"
     for field in fields(default):
         value = getattr(default, field.name)
-        change = {field.name: not value if isinstance(value, bool) else 0}
+        other = "FILE" if field.name == "auxiliary" else 0
+        change = {field.name: not value if isinstance(value, bool) else other}
         try:
             changed = needs(**change)
         except ValueError:

@@ -16,7 +16,9 @@ CORRUPTIONS = ["gaussian_noise", "defocus_blur", "snow", "contrast", "pixelate"]
 FALLING = (95 - 5 * np.add.outer(np.arange(21), np.arange(21))).clip(min=15)
 CCC = {"total": 2400, "speed": 20, "matrix": dict.fromkeys(permutations(CORRUPTIONS, 2), FALLING)}
 VARIANTS = [
-    *((name, {}) for name in PROTOCOLS if name not in ("budget", "ccc")),  # budget's schedule is that of continual
+    *(
+        (name, {}) for name in PROTOCOLS if name not in ("budget", "feedback", "ccc")
+    ),  # those of the first two are continual's
     ("ccc", CCC),
     ("gradual", {"first": "full"}),
     ("correlated", {"delta": 0.1}),

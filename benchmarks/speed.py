@@ -41,10 +41,16 @@ BATCH_SIZE = {"rotta": 64}  # its memory holds 64 and it updates every 64: one u
 def resnet20(images: Tensor) -> nn.Module:
     """The ResNet-20 of CIFAR with random weights, its classifier scaled so that predictions spread over the classes.
 
-    Most predictions have low confidence, so that cotta averages over its views and rotta's memory fills.
+    Logits have a standard deviation of 2, by stored statistics and by the batch's: a quarter of the predictions are sure enough
+    to teach, cotta averages over its views, and rotta's memory fills.
     """
     torch.manual_seed(0)
     model = tta.load_model("cifar-resnet20", pretrained=False)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # the stored statistics become those of the images
+    model.train()(images)
+    model.eval()
     classifier = model.model.linear
     features: list[Tensor] = []
     handle = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
@@ -53,6 +59,9 @@ def resnet20(images: Tensor) -> nn.Module:
     std, mean = torch.std_mean(features[0], dim=0)
     classifier.weight /= std + 1e-6
     classifier.bias.copy_(-classifier.weight @ mean)
+    scale = 2 / model(images).std()
+    classifier.weight *= scale
+    classifier.bias *= scale
     return model
 
 
@@ -166,7 +175,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a spec of tta.load_model; default: a ResNet-20 of CIFAR with random weights")
     parser.add_argument("--checkpoint", help="its weights")
-    parser.add_argument("--methods", nargs="*", default=tta.list_methods())
+    parser.add_argument("--methods", nargs="*", default=tta.list_methods(task="classification", two_towers=False))
     parser.add_argument("--preset", help="published settings, for the methods that have them; default: their defaults")
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     parser.add_argument("--batch-size", type=int, default=200)

@@ -2,7 +2,8 @@
 
     python benchmarks/train_digits.py      # about 90 s on one core; writes tta/weights/*.safetensors
 
-Expect a clean held-out error of about 1 % (the CNNs) and 3 % (ViT). The same machine gives the same bytes again. The
+Expect a clean held-out error of about 1 % (the CNNs) and 3 % (ViT). `digits-gn` is trained together with a rotation head, as
+`tta train ttt` does it; alone it errs on 0.6 %. The same machine gives the same bytes again. The
 training images are slightly shifted, rotated and scaled, like handwriting; none of the benchmark's corruptions is used.
 """
 
@@ -14,10 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from tta import training
 from tta.datasets import digits
 from tta.models import EMBEDDED, HALF, ImageClassifier
 
-EPOCHS = {"digits-cnn": 40, "digits-vit": 150, "digits-cnn-8": 40}
+EPOCHS = {"digits-cnn": 40, "digits-vit": 150, "digits-cnn-8": 40, "digits-gn": 60}
+JOINTLY = ("digits-gn",)
 LEARNING_RATE = {"digits-cnn": 3e-3, "digits-vit": 2e-3, "digits-cnn-8": 3e-3}
 CLASSES = {"digits-cnn-8": 8}  # the others know all ten
 
@@ -65,17 +68,37 @@ def train(name: str, epochs: int) -> tuple[nn.Module, float]:
     return model.model, error
 
 
+def train_jointly(name: str, epochs: int, out: Path) -> float:
+    """Train a network with a rotation head, write both, and return the clean held-out error, %."""
+    torch.manual_seed(0)
+    model = ImageClassifier(EMBEDDED[name].make(), HALF, HALF, name, (32, 32))
+    settings = {"epochs": epochs, "augment": jitter, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.05}
+    settings |= {"decay_vectors": False, "schedule": "one-cycle", "validation": 0.0, "accelerator": "cpu"}
+    images, labels, _ = digits.split("train")
+    file = out / EMBEDDED[name].file
+    training.train(
+        "ttt", model, (images, labels), file, settings=settings, progress=False, rotations="random", augment="crop"
+    )
+    images, labels = known(name, "test")
+    with torch.no_grad():
+        return 100 * (model.eval()(images).argmax(1) != labels).float().mean().item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "tta" / "weights")
-    parser.add_argument("--models", nargs="*", default=list(EMBEDDED))
-    parser.add_argument("--epochs", type=int, help="of all models (default: 40 for the CNNs, 150 for the ViT)")
+    parser.add_argument("--models", nargs="*", default=list(EPOCHS))
+    parser.add_argument("--epochs", type=int, help=f"of all models (default: {EPOCHS})")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation, so that the bytes are always the same
     torch.use_deterministic_algorithms(True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.models:
         embedded = EMBEDDED[name]
+        if name in JOINTLY:
+            error = train_jointly(name, arguments.epochs or EPOCHS[name], arguments.out)
+            print(f"{name}: clean held-out error {error:.2f} %")
+            continue
         model, error = train(name, arguments.epochs or EPOCHS[name])
         state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
         save_file(state, arguments.out / embedded.file)

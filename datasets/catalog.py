@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tta.datasets.domains import Classes, DatasetImages, Domain
+from tta.datasets.boxes import DatasetBoxes
+from tta.datasets.domains import Classes, DatasetImages, Domain, targets_in
 from tta.datasets.files import FileImages, FilesDataset, class_numbers, list_flat, list_images, subfolders
 from tta.datasets.geometry import fitted
+from tta.datasets.masks import VOID, DatasetMasks
+from tta.datasets.numbers import DatasetNumbers
 from tta.datasets.protocols import PROTOCOLS
 from tta.datasets.stream import Stream, check
 
@@ -31,18 +34,48 @@ STREAMS = {
     "imagenet-r": ("imagenet_shifts:imagenet_r", "ImageNet-R, renditions of 200 classes, scored within them"),
     "imagenet-v2": ("imagenet_shifts:imagenet_v2", "ImageNet-V2, matched frequency"),
     "imagenet-sketch": ("imagenet_shifts:imagenet_sketch", "ImageNet-Sketch, drawings of all 1000 classes"),
+    "caltech101": ("fine_grained:caltech101", "Caltech101: CoOp's test split, for vision-language models"),
+    "pets": ("fine_grained:pets", "Oxford Pets: CoOp's test split, for vision-language models"),
+    "cars": ("fine_grained:cars", "Stanford Cars: CoOp's test split, for vision-language models"),
+    "flowers102": ("fine_grained:flowers102", "Oxford Flowers: CoOp's test split, for vision-language models"),
+    "food101": ("fine_grained:food101", "Food-101: CoOp's test split, for vision-language models"),
+    "aircraft": ("fine_grained:aircraft", "FGVC Aircraft, variants: CoOp's test split, for vision-language models"),
+    "sun397": ("fine_grained:sun397", "SUN397: CoOp's test split, for vision-language models"),
+    "dtd": ("fine_grained:dtd", "Describable Textures: CoOp's test split, for vision-language models"),
+    "eurosat": ("fine_grained:eurosat", "EuroSAT: CoOp's test split, for vision-language models"),
+    "ucf101": ("fine_grained:ucf101", "UCF101, the middle frames: CoOp's test split, for vision-language models"),
     "domainnet-126": ("domain_folders:domainnet_126", "DomainNet-126: clip art, paintings, photographs, sketches"),
     "pacs": ("domain_folders:pacs", "PACS: photographs, art paintings, cartoons, sketches"),
     "officehome": ("domain_folders:officehome", "Office-Home: art, clip art, products, photographs"),
     "imagefolder": ("imagefolder", "your own folder CLASS/IMAGE, or DOMAIN/CLASS/IMAGE"),
     "imagefolder-c": ("imagefolder:corrupted", "your own folder CLASS/IMAGE, corrupted as the images are needed"),
+    "camvid": ("driving:camvid", "CamVid, clean or corrupted: a class of every pixel (segmentation)"),
+    "cityscapes": ("driving:cityscapes", "Cityscapes, clean or corrupted (segmentation)"),
+    "acdc": ("driving:acdc", "ACDC: fog, night, rain, snow (segmentation)"),
+    "carla-tta": ("driving:carla_tta", "CarlaTTA: simulated drives through changing weather (segmentation)"),
+    "shift": ("driving:shift", "SHIFT: simulated sequences of changing weather (segmentation)"),
+    "voc": ("scenes:voc", "Pascal VOC 2012, clean or corrupted (segmentation)"),
+    "ade20k-c": ("scenes:ade20k_c", "ADE20K under fifteen corruptions (segmentation)"),
+    "maskfolder": ("scenes:maskfolder", "your own folders of pictures and masks, clean or corrupted (segmentation)"),
+    "kitti-weather": ("objects:kitti_weather", "KITTI in rendered fog, rain and snow: boxes (detection)"),
+    "coco-c": ("objects:coco_c", "COCO under fifteen corruptions: boxes (detection)"),
     "digits-c": ("digits_c", "scikit-learn's digits, 800 held-out images, corrupted as they are needed"),
+    "digits-mosaic": ("digits_mosaic", "canvases of digits: a class of every pixel (segmentation), embedded"),
     "digits-open": ("digits_open", "digits-c for a model of the digits 0 to 7; 8 and 9 are unknown classes"),
 }
 
 
 # Settings omitted from the manifest: the domains' entries have the model's hash, the others do not change the stream.
 NOT_IN_MANIFEST = ("model", "cache", "progress")
+BY_CLASS = (
+    "correlated",
+    "ptta",
+    "label-shift",
+    "ccc",
+    "outliers",
+    "feedback",
+)  # protocols that need one class an image
+TASKS = ("classification", "segmentation", "regression", "detection")  # of streams
 
 
 def stream(
@@ -51,15 +84,20 @@ def stream(
     batch_size: int = 64,
     seed: int = 0,
     protocol: str = "continual",
+    task: str | None = None,
     **settings: Any,
 ) -> Stream:
     """A target stream by name, or over your own datasets.
 
     Args:
-        name: one of ``tta list streams``, or a mapping from domain names to datasets of ``(image, label)``.
+        name: one of ``tta list streams``, or a mapping from domain names to datasets of ``(image, label)``, with
+            ``task="segmentation"`` of ``(image, mask)``, with ``task="regression"`` of ``(image, numbers)``, with
+            ``task="detection"`` of ``(image, {"boxes": ..., "labels": ...})``.
         batch_size: samples per batch.
         seed: of everything that is drawn (corruptions, orders).
-        protocol: one of ``tta list protocols``.
+        protocol: one of ``tta list protocols``; one that orders by class is refused where an image has no class.
+        task: ``"classification"``, ``"segmentation"``, ``"regression"`` or ``"detection"``; left out: that of the named stream, classification of your own
+            datasets. Datasets of masks have a setting ``ignore_index``, the value of void pixels (255; None: there is none).
         settings: settings of the stream, such as ``severity=5`` or ``corruptions=["fog"]``, and parameters of the
             protocol, such as ``delta=0.1``; see :mod:`tta.datasets.protocols`.
 
@@ -84,8 +122,11 @@ def stream(
     of_stream = {key: value for key, value in settings.items() if key not in own}
     for key, value in of_protocol.items():
         _check_type(f"{key} of protocol '{protocol}'", value, own[key])
-    domains = _domains(name, protocol, seed, of_stream)
+    if task is not None and task not in TASKS:
+        raise ValueError(_unknown("task of a stream", task, list(TASKS)))
+    domains = _domains(name, protocol, seed, of_stream, task)
     check(domains, batch_size)
+    _check_task(name, domains, protocol, task)
     build, reset = PROTOCOLS[protocol]
     rows, schedule = build(domains, seed, batch_size, **of_protocol)
     return Stream(
@@ -101,7 +142,7 @@ def stream(
 
 
 def _domains(
-    name: str | Mapping[str, Dataset[Any]], protocol: str, seed: int, settings: dict[str, Any]
+    name: str | Mapping[str, Dataset[Any]], protocol: str, seed: int, settings: dict[str, Any], task: str | None
 ) -> Sequence[Domain]:
     """The domains of a named stream, or those of a user's datasets."""
     if isinstance(name, str):
@@ -110,12 +151,32 @@ def _domains(
             if key not in known:
                 raise ValueError(_unknown(f"setting of stream '{name}', protocol '{protocol}':", key, known))
         return _maker(name)(seed=seed, **settings)
+    masks = {"ignore_index": settings.pop("ignore_index", VOID)} if task == "segmentation" else {}
     if settings:
         raise ValueError(
             f"A stream over your own datasets has no setting '{next(iter(settings))}'; its protocol '{protocol}' has: "
             f"{', '.join(protocol_settings(protocol)) or 'none'}."
         )
+    if task == "segmentation":
+        return [DatasetMasks(domain, dataset, **masks) for domain, dataset in name.items()]
+    kinds = {"regression": DatasetNumbers, "detection": DatasetBoxes}
+    if task in kinds:
+        return [kinds[task](domain, dataset) for domain, dataset in name.items()]
     return [DatasetImages(domain, dataset) for domain, dataset in name.items()]
+
+
+def _check_task(name: Any, domains: Sequence[Domain], protocol: str, task: str | None) -> None:
+    """Raise a ValueError for another task than the stream's, or a protocol that its labels cannot serve."""
+    found = targets_in(domains[0])[0]
+    if task not in (None, found):
+        raise ValueError(f"Stream '{name}' is of {found}; got task={task!r}.")
+    if found != "classification" and protocol in BY_CLASS:
+        has = {"segmentation": "has a class for every pixel", "regression": "has numbers and no class"}
+        has |= {"detection": "has boxes of several classes"}
+        raise ValueError(
+            f"Protocol '{protocol}' needs one class an image; a picture of stream '{name if isinstance(name, str) else 'custom'}' "
+            f"{has[found]}. Protocols without classes order domains and pictures alone, such as continual or recurring."
+        )
 
 
 def source_images(
@@ -125,6 +186,7 @@ def source_images(
     on_error: str = "raise",
     exif: bool = True,
     class_order: str | None = None,
+    stream: Mapping[str, Any] | None = None,
 ) -> Tensor | Dataset[Any]:
     """Clean images of the source domain, for :meth:`tta.SourceStatistics.record` and ``source=``.
 
@@ -137,11 +199,17 @@ def source_images(
         on_error: a file that cannot be used raises an error on access (``"raise"``), or is left out (``"skip"``).
         exif: turn pictures of a folder as their EXIF orientation says.
         class_order: ``"text"`` or ``"number"``, for class folders that are numbers, as for ``imagefolder``.
+        stream: settings of a stream some of whose domains are for training, such as ``held_out="sketch"`` of ``pacs``.
 
     Raises:
         FileNotFoundError: a folder without images.
         ValueError: the stream offers no source images, or ``name`` is neither a stream nor a folder.
     """
+    if stream and name in STREAMS and hasattr(_module(name), "training_images"):
+        training: Dataset[Any] = _module(name).training_images(name, **stream)
+        return training
+    if stream:
+        raise ValueError(f"'{name}' has no setting '{next(iter(stream))}' for its training images.")
     if name in STREAMS:
         make: Callable[[], Dataset[Any]] | None = getattr(_module(name), "source_images", None)
         if make is None:
@@ -163,6 +231,20 @@ def classes_of(name: str) -> Classes | None:
     """The classes of a stream, None if they are not known without its images."""
     known: Mapping[str, Classes] = getattr(_module(name), "CLASSES_OF", {})
     return known.get(name)
+
+
+def task_of(name: str) -> str | None:
+    """Name of the task of a stream, None of one for classification, whose models are recognised by their outputs."""
+    task: str | None = getattr(_module(name), "TASK", None)
+    return task
+
+
+def class_names(name: str) -> Sequence[str]:
+    """Names of the classes of a stream in their order; empty where they are not known without its data."""
+    if name not in STREAMS:
+        return ()
+    known: Mapping[str, Sequence[str]] = getattr(_module(name), "CLASS_NAMES", {})
+    return known.get(name, ())
 
 
 def _module(name: str) -> ModuleType:

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch.utils.data import ConcatDataset, Dataset
 
 from tta.datasets.domains import Classes
 from tta.datasets.files import (
     FileImages,
     FileList,
+    FilesDataset,
     check_exist,
     class_numbers,
     find_folder,
@@ -98,6 +101,7 @@ def pacs(
     *,
     root: str | Path | None = None,
     domains: Sequence[str] = tuple(PACS.domains),
+    held_out: str | None = None,
     samples: int | None = None,
     by_class: bool = False,
     resize: int | None = 224,
@@ -110,9 +114,32 @@ def pacs(
 
     Li et al., "Deeper, Broader and Artier Domain Generalization", ICCV 2017. ``root`` is, or holds as ``PACS/`` (or
     ``PACS/kfold/``), the folders ``art_painting/dog/*.jpg``. Classes are numbered in alphabetical order. Settings and errors
-    as for ``domainnet-126``: see :func:`domainnet_126`.
+    as for ``domainnet-126``: see :func:`domainnet_126`. ``held_out="sketch"`` leaves one domain out: the stream is that domain
+    alone, and the others are what ``tta train`` with the same setting trains on.
     """
+    if held_out is not None:
+        domains = [held_out]
     return _domains(PACS, root, domains, None, samples, by_class, Geometry(resize, crop, squash), class_order)
+
+
+def training_images(name: str, *, held_out: str | None = None, **settings: Any) -> Dataset[Any]:
+    """Images and labels of the domains of ``pacs`` that are not held out.
+
+    Args:
+        name: of the stream.
+        held_out: the domain that the stream is then run on.
+        settings: of the stream.
+
+    Raises:
+        ValueError: another stream, or no domain is held out.
+    """
+    if name != "pacs" or held_out not in PACS.domains:
+        raise ValueError(
+            f"Name the domain of pacs that is left out of the training, stream.held_out= one of {', '.join(PACS.domains)}; got "
+            f"{held_out!r} of '{name}'."
+        )
+    others = [domain for domain in PACS.domains if domain != held_out]
+    return ConcatDataset([FilesDataset(domain) for domain in pacs(domains=others, **settings)])
 
 
 def officehome(

@@ -95,6 +95,28 @@ class Classified(Protocol):
     def classes(self) -> Classes | None: ...
 
 
+@runtime_checkable
+class Masked(Protocol):
+    """The part of a domain that has a class for every pixel; its ``labels`` are all unknown."""
+
+    def masks(self, positions: Tensor) -> Tensor:
+        """Classes of the pixels of the images at these positions, int64 (n, height, width), -1 for void."""
+
+
+@runtime_checkable
+class Targeted(Protocol):
+    """The part of a domain whose images have neither a class nor a mask; its ``labels`` are all unknown.
+
+    Attributes:
+        task: name of the task that the targets are of.
+    """
+
+    task: str
+
+    def targets(self, positions: Tensor) -> Tensor:
+        """Targets of the images at these positions, with one entry an image."""
+
+
 class CorruptedImages:
     """A domain made by corrupting clean images on first use; corrupted images stay in memory.
 
@@ -263,6 +285,21 @@ def classes_in(domain: Domain) -> Classes | None:
     return domain.classes if isinstance(domain, Classified) else None
 
 
+def masks_in(domain: Domain) -> Masked | None:
+    """The domain's part with masks, None if it has one class an image."""
+    found = original(domain)
+    return found if isinstance(found, Masked) else None
+
+
+def targets_in(domain: Domain) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """The task that a domain's labels are of, and a function that gives those at some positions."""
+    found = original(domain)
+    if isinstance(found, Targeted):
+        return found.task, found.targets
+    masked = masks_in(domain)
+    return ("classification", domain.labels.__getitem__) if masked is None else ("segmentation", masked.masks)
+
+
 def gather(count: int, parts: Iterable[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]]) -> Tensor:
     """One batch of ``count`` images from several domains.
 
@@ -370,7 +407,8 @@ class DatasetImages:
             except TypeError:  # strings, objects, and in older torch unsigned 16-bit numbers
                 raise self._no_image(position, f"{type(image).__name__} of {array.dtype.name}") from None
             image = image.permute(2, 0, 1) if image.dim() == 3 and image.shape[-1] == 3 else image
-        if image.dim() != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        # Four dimensions are views of an image, (views, 3, height, width), which methods for vision-language models take.
+        if image.dim() not in (3, 4) or not (image.dtype == torch.uint8 or image.is_floating_point()):
             raise self._no_image(position, f"{image.dtype} of shape {tuple(image.shape)}")
         return image
 

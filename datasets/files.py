@@ -321,6 +321,9 @@ class FileImages:
         classes: of the labels.
         origin: where the images come from, in words.
         exif: turn pictures as their EXIF orientation says. False, as published data sets were read: torchvision does not.
+
+    Attributes:
+        class_names: names of the classes in the order of the labels, where they are known.
     """
 
     def __init__(
@@ -339,6 +342,7 @@ class FileImages:
         self.files = files
         self.geometry = geometry
         self.classes = classes
+        self.class_names: tuple[str, ...] | None = None
         self.exif = exif
         self.origin = origin or f"read from {folder}"
         self.skipped: list[str] = []  # files that cannot be used

@@ -98,7 +98,10 @@ def domains(
             _check_depth(place, files, names)
         files = (files if by_class else files.shuffled()).first(samples)
         one = FileImages(name, place, files, geometry, classes=classes, exif=exif)
-        made.append(one.without_unreadable() if on_error == "skip" else one)
+        one = one.without_unreadable() if on_error == "skip" else one
+        if labels and class_map is None:
+            one.class_names = tuple(name for _, name in sorted(zip(numbers, names, strict=True)))
+        made.append(one)
     made[0].warn_of_enlarging()
     return made
 

@@ -35,7 +35,7 @@ def read(file: Path, *, exif: bool) -> Image.Image:
     check_plain(file)
     try:
         with file.open("rb") as opened, Image.open(opened) as picture:
-            return rgb(ImageOps.exif_transpose(picture) if exif and orientation(picture) != 1 else picture)
+            return rgb(upright(picture) if exif else picture)
     except Exception as error:
         # A broken PNG is a SyntaxError of Pillow, a bomb is of a class of its own, and there are more.
         reason = str(error).partition(" <")[0]  # Pillow names its own file object
@@ -69,6 +69,11 @@ def orientation(picture: Image.Image) -> int:
     except Exception:  # metadata that cannot be parsed; the picture may still be good
         return 1
     return found if found in range(2, 9) else 1
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says, as every viewer does."""
+    return ImageOps.exif_transpose(picture) if orientation(picture) != 1 else picture
 
 
 def carries_turn(file: Path) -> bool:

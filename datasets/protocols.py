@@ -23,7 +23,7 @@ from tta.datasets.corruptions import CORRUPTIONS
 from tta.datasets.domains import Corrupted, Domain, Renamed, original
 from tta.datasets.orders import Planned, Positions, check_parameter
 from tta.datasets.outliers import outliers
-from tta.datasets.stream import check, in_turn
+from tta.datasets.stream import Asked, check, in_turn
 
 # ---------------------------------------------------------------------- one domain after another
 
@@ -215,6 +215,37 @@ def budget(
     check_parameter(fits, "cost", cost, "a number, 1 or more, or 'measured'")
     rows, schedule = continual(domains, seed, batch_size, order=order, shuffle=shuffle)
     return rows, replace(schedule, cost=cost)
+
+
+def feedback(
+    domains: Sequence[Domain],
+    seed: int,
+    batch_size: int,
+    *,
+    delay: int = 0,
+    noise: float = 0.0,
+    budget: int = 3,
+    order: int | None = None,
+    shuffle: bool = False,
+) -> Planned:
+    """Answers come late: a method that can use feedback asks about a few samples of each batch, and is told, at times wrongly.
+
+    As in Lee et al., "Test-Time Adaptation with Binary Feedback", ICML 2025: domains one after another, never reset. A method
+    that cannot use feedback runs as under ``continual``. The wrong ones among the answers are drawn from the seed.
+
+    Args:
+        delay: batches between a question and its answer; 0: it comes before the next batch. What is still open at the end
+            or before a reset is never answered.
+        noise: share of the answers that are wrong: right for wrong, or another class.
+        budget: questions a batch at most.
+        order: as in ``continual``.
+        shuffle: as in ``continual``.
+    """
+    check_parameter(delay >= 0, "delay", delay, "0 or more batches")
+    check_parameter(0 <= noise <= 1, "noise", noise, "a share in [0, 1]")
+    check_parameter(budget >= 1, "budget", budget, "1 or more questions a batch")
+    rows, schedule = continual(domains, seed, batch_size, order=order, shuffle=shuffle)
+    return rows, replace(schedule, asked=Asked(delay, noise, budget))
 
 
 # ---------------------------------------------------------------------- mixed, and correlated in class
@@ -561,4 +592,5 @@ PROTOCOLS = {
     "outliers": Protocol(outliers, "domain"),
     "forgetting": Protocol(forgetting, "never"),
     "budget": Protocol(budget, "never"),
+    "feedback": Protocol(feedback, "never"),
 }

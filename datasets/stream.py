@@ -9,7 +9,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tta import fingerprint
-from tta.datasets.domains import Classes, Corrupted, Domain, Generated, classes_in, gather, original, to_float
+from tta.datasets.boxes import alike
+from tta.datasets.domains import (
+    Classes,
+    Corrupted,
+    Domain,
+    Generated,
+    classes_in,
+    gather,
+    original,
+    targets_in,
+    to_float,
+)
 
 
 class Batch(NamedTuple):
@@ -17,7 +28,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (batch, 3, height, width), float32 in [0, 1] (from a loader: uint8).
-        labels: (batch,), int64; -1 for an unknown class.
+        labels: (batch,), int64; -1 for an unknown class. Of segmentation masks (batch, rows, columns), -1 for void pixels.
         domain: (batch,), int64, each sample's position in ``Stream.domains``.
         index: (batch,), int64, each image's number in its source; the same image has the same number in all domains.
     """
@@ -54,6 +65,7 @@ class Schedule:
         cost: time that learning from a batch takes, in batches of the stream: a slow method misses
             some (:func:`tta.evaluate`). ``"measured"``: found in a warm-up.
         protocol: name of the protocol in results, if it differs from the requested one.
+        asked: the answers that the stream gives; None: none.
     """
 
     order: Tensor
@@ -62,6 +74,22 @@ class Schedule:
     paused: tuple[bool, ...] = ()
     cost: float | str = 1.0
     protocol: str | None = None
+    asked: "Asked | None" = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Answers that a stream gives about predictions: how many, how late, and how many of them wrong.
+
+    Attributes:
+        delay: batches between a question and its answer; 0: before the next batch.
+        noise: share of the answers that are wrong, in [0, 1].
+        budget: questions a batch at most.
+    """
+
+    delay: int
+    noise: float
+    budget: int
 
 
 def check(domains: Sequence[Domain], batch_size: int) -> None:
@@ -113,6 +141,7 @@ class Stream(Dataset[Batch]):
         order: (samples, 2), int64: number of the domain, position in it; batches are consecutive runs of this list.
         paused: for each batch whether it is predicted without learning.
         cost: see :class:`Schedule`.
+        asked: see :class:`Schedule`.
     """
 
     def __init__(
@@ -140,6 +169,7 @@ class Stream(Dataset[Batch]):
         self.order = schedule.order
         self.paused = schedule.paused or (False,) * len(schedule.lengths)
         self.cost = schedule.cost
+        self.asked = schedule.asked
         self._batches = [torch.split(column, list(schedule.lengths)) for column in self.order.unbind(1)]
         self._only = _only(self.order[:, 0], schedule.lengths)
         originals = [original(domain) for domain in self.domains]
@@ -164,15 +194,33 @@ class Stream(Dataset[Batch]):
             number = self._only[batch]
             only = self.domains[number]
             images = self._reader(number, unfinished)(positions)
-            return Batch(images, only.labels[positions], domain, only.index[positions])
-        labels, index = torch.empty_like(positions), torch.empty_like(positions)
-        parts = []
-        for number in _present(domain):
+            return Batch(images, self._labels(number)(positions), domain, only.index[positions])
+        index = torch.empty_like(positions)
+        parts, numbers = [], _present(domain)
+        for number in numbers:
             where = domain == number
             mine = positions[where]
-            labels[where], index[where] = self.domains[number].labels[mine], self.domains[number].index[mine]
+            index[where] = self.domains[number].index[mine]
             parts.append((where, self._reader(number, unfinished), mine))
-        return Batch(gather(len(domain), parts), labels, domain, index)
+        images = gather(len(domain), parts)  # first, since reading them may give masks too
+        labels = alike([self._labels(number)(mine) for number, (_, _, mine) in zip(numbers, parts, strict=True)])
+        kept = [
+            (where, label.__getitem__, torch.arange(len(label)))
+            for (where, _, _), label in zip(parts, labels, strict=True)
+        ]
+        return Batch(images, gather(len(domain), kept), domain, index)
+
+    def _labels(self, number: int) -> Callable[[Tensor], Tensor]:
+        return targets_in(self.domains[number])[1]
+
+    @property
+    def task(self) -> str:
+        """Name of the task that the labels are of: ``"classification"`` unless the domains have masks or other targets."""
+        found = {targets_in(domain)[0]: domain.name for domain in self.domains}
+        if len(found) > 1:
+            kinds = ", ".join(f"{name} of {task}" for task, name in found.items())
+            raise ValueError(f"The domains of a stream have labels of one kind; here are {kinds}.")
+        return next(iter(found))
 
     def _reader(self, number: int, unfinished: bool) -> Callable[[Tensor], Tensor]:
         generated = self._generated[number]
@@ -227,6 +275,11 @@ class Stream(Dataset[Batch]):
             raise ValueError(f"The domains of a stream share their classes; here they differ: {counts}.")
         return next(iter(known), None)
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of the labels, which a vision-language model reads; None where they are unknown."""
+        return getattr(self.domains[0], "class_names", None)
+
     def check_logits(self, count: int) -> None:
         """Raise a ValueError unless a model with this many logits fits the classes of the stream."""
         classes = self.classes
@@ -254,7 +307,9 @@ class Stream(Dataset[Batch]):
         return len(self.order)
 
     def clean_images(self, count: int) -> tuple[Tensor, Tensor] | None:
-        """The first ``count`` images and labels without corruption; None if they cannot be found."""
+        """The first ``count`` images and labels without corruption; None if they cannot be found, or have masks."""
+        if self.task != "classification":
+            return None
         corrupted = next((domain for domain in map(original, self.domains) if isinstance(domain, Corrupted)), None)
         if corrupted is None:
             return None
@@ -295,6 +350,7 @@ class Stream(Dataset[Batch]):
         return {
             "name": self.name,
             "protocol": self.protocol,
+            **({"task": self.task} if self.task != "classification" else {}),
             "seed": self.seed,
             "batch_size": self.batch_size,
             "samples": self.samples,

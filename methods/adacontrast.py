@@ -73,6 +73,7 @@ class AdaContrast(Adapter):
     these. Scored are the logits after the update. The diversity is the batch's: it hurts where batches hold few classes.
     """
 
+    needs = "one class and one feature vector an image"
     config: AdaContrastConfig
     scored_forward = "after"
     keys: Tensor  # (queue_size, width)

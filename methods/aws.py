@@ -62,6 +62,7 @@ class AWS(Adapter):
     normalise by the batch. Scored are the target model's logits before the step.
     """
 
+    needs = "one class and one feature vector an image"
     config: AWSConfig
     prototypes: Tensor  # (classes, width), of length 1
     absent: Tensor  # (classes,), boolean: the source had no image of this class

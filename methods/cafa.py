@@ -42,6 +42,7 @@ class CAFA(Adapter):
     of the normalisation layers adapt; BatchNorm layers normalise by the batch. Scored are the logits before the step.
     """
 
+    needs = "one class and one feature vector an image"
     config: CAFAConfig
     class_mean: Tensor  # (classes, width), whitened
     whitening: Tensor  # (width, width)

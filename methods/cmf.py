@@ -46,6 +46,7 @@ class CMF(Adapter):
     weights is offered: the released code's other type (``op``) computes the same.
     """
 
+    needs = "one class an image, whose frequencies it weighs by"
     config: CMFConfig
     variance: Tensor
 
@@ -55,7 +56,7 @@ class CMF(Adapter):
             norms.use_batch_statistics(layer)
             layer.requires_grad_(True)
         adapted = self.parameters_to_adapt()
-        size = sum(parameter.numel() for parameter in adapted)
+        size = max(1, sum(parameter.numel() for parameter in adapted))  # none is refused with a sentence, later
         self._q = self.config.q * size / SIZE
         limit = f"less than {SIZE / size:.3g}, so that the noise of {size} adapted parameters is below 1"
         require(self._q < 1, f"q={self.config.q}", limit)

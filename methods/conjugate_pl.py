@@ -42,6 +42,7 @@ class ConjugatePL(Adapter):
     ``f(h) - y . g(h)`` of the logits h, the conjugate pseudo-label is the y at which its gradient with respect to h is zero.
     """
 
+    tasks = ("classification", "segmentation")
     config: ConjugatePLConfig
 
     def configure_model(self) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import entropy, masked_mean, reliable
+from tta.methods._kept import WORTHWHILE, alone
 
 
 @dataclass
@@ -59,6 +60,7 @@ class DeYO(Adapter):
     before the step.
     """
 
+    needs = "one class an image, which stays when parts of the image are moved"
     config: DeYOConfig
 
     def configure_model(self) -> None:
@@ -77,6 +79,7 @@ class DeYO(Adapter):
             # Destroyed images are normalised among themselves: their number has to be waited for on a GPU.
             sure = reliable(entropies, margin).nonzero()[:, 0]
             if not len(sure):
+                self.nothing_to_learn()
                 continue
             entropies = entropies[sure]
             with torch.no_grad():
@@ -84,6 +87,9 @@ class DeYO(Adapter):
                 e0 = 0.4 * math.log(classes) if config.margin_e0 is None else config.margin_e0
                 chosen = plpd > config.plpd_threshold
                 weights = config.reweight_ent * (e0 - entropies).exp() + config.reweight_plpd * plpd.exp()
+            teaching = sure.new_zeros(len(x), dtype=torch.bool).index_fill(0, sure[chosen], True)
+            if (kept := alone(self.model, x, teaching, WORTHWHILE)) is not None:  # the backward pass is of these alone
+                entropies, weights, chosen = entropy(self.predict(x[kept])), weights[chosen], chosen[chosen]
             if config.reweight_ent or config.reweight_plpd:
                 entropies = weights * entropies
             self.update(masked_mean(entropies, chosen), when=chosen.any())

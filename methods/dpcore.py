@@ -80,6 +80,7 @@ class DPCore(Adapter):
     nearest to, and neither learned from nor kept. ``source=`` gives unlabelled source images.
     """
 
+    needs = "the class token of an image"
     config: DPCoreConfig
     source_mean: Tensor
     source_std: Tensor

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import entropy, followed, masked_mean, reliable, unlike
+from tta.functional import ENTROPIES, moved_towards, reliable, rows, unlike
+from tta.methods._kept import WORTHWHILE, alone
 from tta.source import Need
 
 
@@ -28,6 +29,8 @@ class EATAConfig(OptimizerConfig):
         source_batch_size: the same, by the name that all methods with a source share.
         keep_average: a reset leaves the average prediction as it is, as in the released code: one domain then influences
             the filter of the next.
+        loss: ``"entropy"``, or ``"come"`` for that of opinions (Zhang et al., ICLR 2025:
+            :func:`tta.functional.opinion_entropy`), in the filter and the weights of samples too, with the same margins.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
@@ -38,6 +41,7 @@ class EATAConfig(OptimizerConfig):
     fisher_batch_size: int | None = None
     source_batch_size: int = 64
     keep_average: bool = False
+    loss: Literal["entropy", "come"] = "entropy"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +51,7 @@ class EATAConfig(OptimizerConfig):
         require(0 < self.d_margin <= 1, f"d_margin={self.d_margin}", "a cosine similarity in (0, 1]")
         require(self.fisher_alpha >= 0, f"fisher_alpha={self.fisher_alpha}", "a weight of 0 or more")
         require(self.fisher_batch_size >= 1, f"fisher_batch_size={self.fisher_batch_size}", "1 image or more")
+        require(self.loss in ENTROPIES, f"loss={self.loss!r}", "'entropy' or 'come'")
 
 
 class EATA(Adapter):
@@ -59,6 +64,8 @@ class EATA(Adapter):
     logits of all samples before the step. ``source=`` gives unlabelled source images for the Fisher information.
     """
 
+    distributed = True
+    tasks = ("classification", "segmentation")
     config: EATAConfig
 
     @classmethod
@@ -87,19 +94,24 @@ class EATA(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         for _ in range(self.config.steps):
             logits = self.predict(x)
-            entropies = entropy(logits)
-            e_margin = self.config.e_margin or 0.4 * math.log(logits.shape[1])
+            samples = rows(logits)  # the pixels of a map are samples too
+            entropies = ENTROPIES[self.config.loss](samples)
+            e_margin = self.config.e_margin or 0.4 * math.log(samples.shape[1])
             with torch.no_grad():
-                probabilities = logits.softmax(1)
+                probabilities = samples.softmax(1)
                 if self.average is None:
-                    self.average = torch.zeros_like(probabilities[0])
+                    self.average = probabilities.new_zeros(probabilities.shape[1])
                 chosen = reliable(entropies, e_margin) & unlike(probabilities, self.average, self.config.d_margin)
-                weights = (e_margin - entropies).exp()
-            loss = masked_mean(weights * entropies, chosen)
+                taught, taught_by = self.workers.any(chosen), self.workers.sum(self.workers.mean(probabilities, chosen))
+            if (kept := alone(self.model, x, chosen, WORTHWHILE)) is not None:  # the backward pass is of these alone
+                entropies, chosen = ENTROPIES[self.config.loss](self.predict(x[kept])), chosen[kept]
+            weights = (e_margin - entropies.detach()).exp()
+            loss = self.workers.mean(weights * entropies, chosen)
             if self.fisher is not None:
-                loss = loss + self.config.fisher_alpha * (self.fisher * (self._weights() - self.anchor).square()).sum()
-            self.update(loss, when=chosen.any())
-            self.average = followed(self.average, probabilities, chosen)
+                distance = (self.fisher * (self._weights() - self.anchor).square()).sum()
+                loss = loss + self.workers.part(self.config.fisher_alpha * distance)
+            self.update(loss, when=taught)
+            self.average = moved_towards(self.average, taught_by, when=taught & self.input_finite)
         return logits
 
     def reset(self) -> None:

@@ -54,6 +54,7 @@ class FOA(Adapter):
     best prompts so far and not learned from. ``source=`` gives unlabelled source images.
     """
 
+    needs = "the class token of an image"
     config: FOAConfig
     source_mean: Tensor  # (layers * width,)
     source_std: Tensor

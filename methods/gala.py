@@ -56,6 +56,7 @@ class GALA(Adapter):
     as the factor is in an appendix that could not be read.
     """
 
+    tasks = ("classification", "segmentation")
     config: GALAConfig
     scored_forward = "after"
     wrapped: ClassVar[type[Adapter] | None] = None
@@ -148,6 +149,7 @@ def wrap(method: type[Adapter]) -> type[Adapter]:
         "__annotations__": {"config": config},
         "adapt": method.adapt,
         "scored_forward": method.scored_forward,
+        "tasks": method.tasks,
         "wrapped": method,
     }
     return type(name, (GALA, method), inside)

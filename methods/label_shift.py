@@ -58,6 +58,7 @@ class LabelShift(Adapter):
     come with their labels.
     """
 
+    needs = "one class and one feature vector an image"
     config: LabelShiftConfig
     source_prior: Tensor
     stream_prior: Tensor

@@ -43,6 +43,7 @@ class LAME(Adapter):
     for batches in which few classes occur; where many do it may be far worse than the source model.
     """
 
+    needs = "one class and one feature vector an image"
     config: LAMEConfig
 
     def configure_model(self) -> None:

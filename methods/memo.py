@@ -48,6 +48,7 @@ class MEMO(Adapter):
     image costs a forward and backward pass of ``views`` images: 30 to 100 times a prediction.
     """
 
+    needs = "one distribution of classes an image, averaged over views"
     config: MEMOConfig
     scored_forward = "after"
 

@@ -1,6 +1,7 @@
 """Norm: normalise by the statistics of the test batches."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -22,13 +23,17 @@ class NormConfig(Config):
         alpha: weight of the batch statistics, in [0, 1]; 0 is the source model. (The published symbol for the weight of
             the *source* statistics is ``1 - alpha``.)
         momentum: weight of each new batch in the moving average, in (0, 1]; None for no memory.
+        frozen: frozen BatchNorm layers, as torchvision's pretrained detectors have: ``"refuse"`` the model, or ``"thaw"`` them:
+            they become BatchNorm2d layers of the same values.
     """
 
     alpha: float = 1.0
     momentum: float | None = None
+    frozen: Literal["refuse", "thaw"] = "refuse"
 
     def __post_init__(self) -> None:
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "a weight of the batch statistics in [0, 1]")
+        require(self.frozen in ("refuse", "thaw"), f"frozen={self.frozen!r}", "'refuse' or 'thaw'")
         if self.momentum is not None:
             require(0 < self.momentum <= 1, f"momentum={self.momentum}", "a weight of the new batch in (0, 1]")
             require(self.alpha == 1, f"alpha={self.alpha} with momentum={self.momentum}", "one of the two, not both")
@@ -44,16 +49,25 @@ class Norm(Adapter):
     A GroupNorm or LayerNorm model has no BatchNorm layers and is refused: on it this method is the source model.
     """
 
+    distributed = True
     multi_label = True
+    tasks = ("classification", "segmentation", "regression", "detection")
     config: NormConfig
 
     def configure_model(self) -> None:
+        norms.thaw(self.model) if self.config.frozen == "thaw" else norms.refuse_frozen(self.model)
         self.model.requires_grad_(False)
         layers = norms.layers(self.model, norms.BATCH_NORMS)
         if self.config.momentum is not None:
             norms.blend_statistics(self.model, self.config.momentum)
         elif self.config.alpha < 1:
             norms.blend_statistics(self.model, self.config.alpha)
+        elif all(layer.running_mean is None for layer in layers):
+            raise ValueError(
+                f"The {len(layers)} BatchNorm layers of {type(self.model).__name__} keep no running statistics "
+                "(track_running_stats=False): they normalise by the batch already, so that this method would be the source "
+                "model. Use one that learns, such as tent."
+            )
         else:
             for layer in layers:
                 norms.use_batch_statistics(layer)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tta import memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import entropy
+from tta.methods._memory import parts
 
 
 @dataclass
@@ -50,6 +51,7 @@ class NOTE(Adapter):
     stream is cut into batches.
     """
 
+    needs = "one class an image, which its memory is sorted by"
     config: NOTEConfig
 
     def configure_model(self) -> None:
@@ -65,17 +67,16 @@ class NOTE(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         if not self.input_finite:  # nothing of a bad batch may enter the memory
             return self.predict(x)
-        parts, start, every = [], 0, self.config.update_frequency
-        while start < len(x):
-            part = x[start : start + every - int(self.memory.offered) % every]
+        found, every = [], self.config.update_frequency
+        for place in parts(self.memory, len(x), every):
+            part = x[place]
             with torch.no_grad():
                 logits = self.predict(part)
             self.memory.add(part, logits.argmax(1).cpu(), logits.shape[1], self._draw)
             if self.memory.offered % every == 0:
                 self._learn()
-            parts.append(logits)
-            start += len(part)
-        return torch.cat(parts)
+            found.append(logits)
+        return torch.cat(found)
 
     def _learn(self) -> None:
         samples = self.memory.contents()

@@ -71,6 +71,7 @@ class OWTTT(Adapter):
     moves. ``source=`` gives unlabelled source images.
     """
 
+    needs = "one class and one feature vector an image"
     config: OWTTTConfig
     scored_forward = "after"
     threshold: Tensor  # the last batch's, float64

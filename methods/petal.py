@@ -23,8 +23,8 @@ class PETALConfig(OptimizerConfig):
         ap: mean confidence of the source model on a batch below which the teacher's predictions are averaged over
             views.
         views: number of augmented views.
-        augment: ``"paper"`` (RGB images in [0, 1]), ``"none"``, or from Python a callable that maps a batch to a view
-            of it.
+        augment: ``"paper"`` (RGB images in [0, 1]), ``"none"``, ``"scales"`` of maps, or from Python a callable that maps a
+            batch to a view of it; as of ``cotta``.
         prior_weight: of the prior over the weights, a normal distribution around the source's.
         prior_variance: its variances: the path of a safetensors file with a tensor for each parameter, under its name,
             as diagonal SWAG gives (negative ones count as 0), or one number for all. With the number the prior is no
@@ -44,7 +44,7 @@ class PETALConfig(OptimizerConfig):
         super().__post_init__()
         require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
         require(self.views >= 1, f"views={self.views}", "1 or more")
-        augment.check(self.augment)
+        augment.check(self.augment, scales=True)
         require(self.prior_weight >= 0, f"prior_weight={self.prior_weight}", "a weight of 0 or more")
         variance = self.prior_variance
         known = isinstance(variance, str) or (isinstance(variance, (int, float)) and variance >= 0)
@@ -63,6 +63,7 @@ class PETAL(Adapter):
     poor results.
     """
 
+    tasks = ("classification", "segmentation")
     config: PETALConfig
 
     def configure_model(self) -> None:
@@ -105,7 +106,7 @@ class PETAL(Adapter):
 
     def _averaged(self, x: Tensor) -> Tensor:
         view = augment.augmentation(self.config.augment, self.generator)
-        return augment.averaged(self.predict, x, view, self.config.views)
+        return augment.averaged(self.predict, x, view, augment.number(self.config.augment, self.config.views))
 
     def _precisions(self) -> list[Tensor | float]:
         count = len(list(self.model.parameters()))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tta import norms, taps
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import masked_mean
+from tta.functional import masked_mean, rows
 
 
 @dataclass
@@ -53,6 +53,7 @@ class PL(Adapter):
     sample makes no step (the code of T3A lets Adam drift on).
     """
 
+    tasks = ("classification", "segmentation")
     config: PLConfig
 
     def configure_model(self) -> None:
@@ -66,9 +67,10 @@ class PL(Adapter):
         for _ in range(self.config.steps):
             with norms.by_batch(self.model) if self.config.statistics == "mixed" else nullcontext():
                 logits = self.predict(x)
-            confidence, labels = logits.detach().softmax(1).max(1)
+            samples = rows(logits)  # the pixels of a map are samples too
+            confidence, labels = samples.detach().softmax(1).max(1)
             chosen = confidence > self.config.threshold
-            loss = masked_mean(F.cross_entropy(logits, labels, reduction="none"), chosen)
+            loss = masked_mean(F.cross_entropy(samples, labels, reduction="none"), chosen)
             self.update(loss, when=chosen.any())
         if self.config.score == "before":
             return logits

@@ -30,7 +30,7 @@ class PSMTConfig(OptimizerConfig):
         quantile: share of all weights, those of the least squared gradient, that return to the source after a step, in
             the student and in the teacher.
         augment: ``"none"``, as the released code runs (it makes views and does not use them), ``"paper"`` (RGB images in
-            [0, 1]), or from Python a callable that maps a batch to a view of it.
+            [0, 1]), ``"scales"`` of maps, or from Python a callable that maps a batch to a view of it; as of ``cotta``.
         ap, views: with an augmentation, the mean confidence of the source model on a batch below which the teacher's
             predictions are averaged over views, and their number.
         source_batch_size: source images per batch.
@@ -49,7 +49,7 @@ class PSMTConfig(OptimizerConfig):
         require(0 <= self.mt_alpha <= 1, f"mt_alpha={self.mt_alpha}", "a share in [0, 1]")
         require(self.fisher_alpha >= 0, f"fisher_alpha={self.fisher_alpha}", "a weight of 0 or more")
         require(0 <= self.quantile <= 1, f"quantile={self.quantile}", "a share in [0, 1]")
-        augment.check(self.augment)
+        augment.check(self.augment, scales=True)
         require(self.views >= 1, f"views={self.views}", "1 or more")
         require(self.source_batch_size >= 1, f"source_batch_size={self.source_batch_size}", "1 image or more")
 
@@ -64,6 +64,7 @@ class PSMT(Adapter):
     normalise by the batch. ``source=`` gives unlabelled source images for the Fisher information.
     """
 
+    tasks = ("classification", "segmentation")
     config: PSMTConfig
 
     @classmethod
@@ -117,4 +118,4 @@ class PSMT(Adapter):
         if self.config.augment == "none" or confidence(self.predict_as_source(x)).mean() >= self.config.ap:
             return predict(x)
         view = augment.augmentation(self.config.augment, self.generator)
-        return augment.averaged(predict, x, view, self.config.views)
+        return augment.averaged(predict, x, view, augment.number(self.config.augment, self.config.views))

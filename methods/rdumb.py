@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import entropy, followed, masked_mean, reliable, unlike
+from tta.functional import entropy, followed, masked_mean, reliable, rows, unlike
 
 
 @dataclass
@@ -43,6 +43,7 @@ class RDumb(Adapter):
     far any stream can lead the model away. Scored are the logits before the step.
     """
 
+    tasks = ("classification", "segmentation")
     config: RDumbConfig
     batches: Tensor
     average: Tensor | None
@@ -58,16 +59,17 @@ class RDumb(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         for _ in range(self.config.steps):
             logits = self.predict(x)
-            entropies = entropy(logits)
-            e_margin = self.config.e_margin or 0.4 * math.log(logits.shape[1])
+            samples = rows(logits)  # the pixels of a map are samples too
+            entropies = entropy(samples)
+            e_margin = self.config.e_margin or 0.4 * math.log(samples.shape[1])
             with torch.no_grad():
-                probabilities = logits.softmax(1)
+                probabilities = samples.softmax(1)
                 if self.average is None:
                     self.average = torch.zeros_like(probabilities[0])
                 chosen = reliable(entropies, e_margin) & unlike(probabilities, self.average, self.config.d_margin)
                 weights = (e_margin - entropies).exp()
             self.update(masked_mean(weights * entropies, chosen), when=chosen.any())
-            self.average = followed(self.average, probabilities, chosen)
+            self.average = followed(self.average, probabilities, chosen & self.input_finite)
         self.batches += self.input_finite
         due = self.batches % self.config.reset_every == 0
         self.restore(due)

@@ -53,6 +53,7 @@ class RMT(Adapter):
     stream begins with the optimizer's moments of its end, as in the released code, and a reset goes back to there.
     """
 
+    needs = "one class and one feature vector an image"
     config: RMTConfig
 
     @classmethod

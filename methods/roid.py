@@ -36,6 +36,7 @@ class ROID(Adapter):
     No source data. A single image counts in full (the released code divides by zero).
     """
 
+    needs = "one class an image, whose frequencies it weighs by"
     config: ROIDConfig
 
     def configure_model(self) -> None:

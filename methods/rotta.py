@@ -1,47 +1,32 @@
 """RoTTA: robust test-time adaptation to correlated streams, by a balanced memory and a slow teacher."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tta import augment, ema, memory, norms
-from tta.adapter import Adapter, OptimizerConfig, require
+from tta.adapter import Adapter, require
 from tta.functional import logits_of, soft_cross_entropy
+from tta.methods._memory import MemoryConfig, offered
 
 
 @dataclass
-class RoTTAConfig(OptimizerConfig):
+class RoTTAConfig(MemoryConfig):
     """The defaults are the paper's: Adam 1e-3.
 
     Attributes:
-        memory_size: number of samples kept.
-        update_frequency: samples between two updates, for any batch size.
-        lambda_t: weight of age in the choice of the sample that the memory replaces.
-        lambda_u: weight of uncertainty in the same choice.
         nu: share of the student that the teacher takes over at each update.
         alpha: share of a memory's statistics in the stored statistics of a BatchNorm layer at each update.
-        augment: the student's view of the memory: ``"paper"`` (RGB images in [0, 1]), ``"none"``, or from Python a
-            callable that maps a batch to a view of it.
-        steps: optimizer steps per update.
     """
 
-    memory_size: int = 64
-    update_frequency: int = 64
-    lambda_t: float = 1.0
-    lambda_u: float = 1.0
     nu: float = 0.001
     alpha: float = 0.05
-    augment: Any = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.memory_size >= 1, f"memory_size={self.memory_size}", "1 or more samples")
-        require(self.update_frequency >= 1, f"update_frequency={self.update_frequency}", "1 or more samples")
         require(0 <= self.nu <= 1, f"nu={self.nu}", "a share in [0, 1]")
         require(0 <= self.alpha <= 1, f"alpha={self.alpha}", "a share in [0, 1]")
-        augment.check(self.augment)
 
 
 class RoTTA(Adapter):
@@ -54,6 +39,7 @@ class RoTTA(Adapter):
     predicted whole before its updates.
     """
 
+    needs = "one class an image, which its memory is sorted by"
     config: RoTTAConfig
 
     def configure_model(self) -> None:
@@ -75,20 +61,9 @@ class RoTTA(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             logits = self.predict(x)
-            require(logits.shape[1] > 1, "a model with a single logit", "one logit for each of two classes or more")
-            probabilities = logits.softmax(dim=1)
-            uncertainties = -(probabilities * (probabilities + 1e-6).log()).sum(dim=1)
-            # Whether a sample is kept depends on those before it: decided on the CPU, after one wait per batch.
-            labels, uncertainties = torch.stack((logits.argmax(dim=1).float(), uncertainties)).cpu()
-        if not (uncertainties.isfinite().all() and self.input_finite):
-            return logits  # nothing of a bad batch may enter the memory
-        start, every = 0, self.config.update_frequency
-        while start < len(x):
-            part = slice(start, start + every - int(self.memory.offered) % every)
-            self.memory.add(x[part], labels[part].long(), uncertainties[part], classes=logits.shape[1])
-            if self.memory.offered % every == 0:
+        for _, due in offered(self.memory, x, logits, self.config.update_frequency, self.input_finite):
+            if due:
                 self._learn()
-            start = part.stop
         return logits
 
     def _learn(self) -> None:

@@ -36,6 +36,7 @@ class RPL(Adapter):
     gives the labels is the model itself. Scored are the logits before the step.
     """
 
+    tasks = ("classification", "segmentation")
     config: RPLConfig
 
     def configure_model(self) -> None:

@@ -29,6 +29,7 @@ class SANTA(Adapter):
     gives source images for the prototypes.
     """
 
+    needs = "one class and one feature vector an image"
     config: SANTAConfig
 
     @classmethod

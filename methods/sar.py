@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import entropy, gradients_of, masked_mean, reliable
+from tta.functional import ENTROPIES, gradients_of, reliable, rows
+from tta.methods._kept import alone
 from tta.methods._sharpness import perturbed
 
 
@@ -27,6 +28,8 @@ class SARConfig(OptimizerConfig):
             :func:`tta.norms.top`.
         recovery: ``"full"`` resets weights, momentum and moving average; ``"weights"`` only the weights, as the
             released code does, which may then recover on several batches in a row.
+        loss: ``"entropy"``, or ``"come"`` for that of opinions (Zhang et al., ICLR 2025:
+            :func:`tta.functional.opinion_entropy`), in the filter and the recovery too, with the same thresholds.
     """
 
     optimizer: Literal["adam", "sgd", "adamw"] = "sgd"
@@ -35,11 +38,13 @@ class SARConfig(OptimizerConfig):
     rho: float = 0.05
     exclude: tuple[str, ...] | None = None
     recovery: Literal["full", "weights"] = "full"
+    loss: Literal["entropy", "come"] = "entropy"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.rho > 0, f"rho={self.rho}", "a radius above 0")
         require(self.recovery in ("full", "weights"), f"recovery={self.recovery!r}", "'full' or 'weights'")
+        require(self.loss in ENTROPIES, f"loss={self.loss!r}", "'entropy' or 'come'")
 
 
 class SAR(Adapter):
@@ -52,6 +57,8 @@ class SAR(Adapter):
     without a reliable sample makes no step. Scored are the logits before the step.
     """
 
+    distributed = True
+    tasks = ("classification", "segmentation")
     config: SARConfig
     average_loss: Tensor
 
@@ -64,20 +71,24 @@ class SAR(Adapter):
         self.register_buffer("average_loss", torch.tensor(math.inf))  # no loss seen yet; below no threshold
 
     def adapt(self, x: Tensor) -> Tensor:
-        parameters = self.parameters_to_adapt()
+        parameters, entropy = self.parameters_to_adapt(), ENTROPIES[self.config.loss]
         for _ in range(self.config.steps):
             logits = self.predict(x)
             margin = _or(self.config.margin_e0, 0.4 * math.log(logits.shape[1]))
-            entropies = entropy(logits)
+            entropies = entropy(rows(logits))  # the pixels of a map are samples too
             chosen = reliable(entropies, margin)
-            gradients = gradients_of(masked_mean(entropies, chosen), parameters)
-            with perturbed(parameters, gradients, self.config.rho):
-                entropies = entropy(self.predict(x))
+            ascent = self.workers.summed(gradients_of(self.workers.mean(entropies, chosen), parameters))
+            images, kept = x, alone(self.model, x, chosen)
+            if kept is not None:  # the second forward is of the reliable samples only
+                images, chosen = x[kept], chosen[kept]
+            with perturbed(parameters, ascent, self.config.rho):
+                entropies = entropy(rows(self.predict(images)))
                 chosen = chosen & reliable(entropies, margin)
-                loss = masked_mean(entropies, chosen)
+                loss = self.workers.mean(entropies, chosen)
                 gradients = gradients_of(loss, parameters)
-            made = self.update(loss, gradients=gradients, when=chosen.any())
-            self._recover(loss.detach(), made, _or(self.config.reset_constant, 0.2 * math.log(logits.shape[1], 1000)))
+            made = self.update(loss, gradients=gradients, when=self.workers.any(chosen))
+            threshold = _or(self.config.reset_constant, 0.2 * math.log(logits.shape[1], 1000))
+            self._recover(self.workers.sum(loss.detach()), made, threshold)
         return logits
 
     @torch.no_grad()

@@ -48,6 +48,7 @@ class SHOT(Adapter):
     the batch's: it hurts where batches are small or hold few classes. A single image teaches nothing.
     """
 
+    needs = "one class and one feature vector an image"
     config: SHOTConfig
 
     def configure_model(self) -> None:
@@ -63,6 +64,8 @@ class SHOT(Adapter):
                 logits = self.predict(x)
             if len(x) > 1:
                 self.update(entropy(logits).mean() - _diversity(logits))
+            else:
+                self.nothing_to_learn()
         if self.config.score == "before":
             return logits
         with torch.no_grad():

@@ -12,7 +12,9 @@ class SourceConfig(Config):
 class Source(Adapter):
     """Predict with the source model and learn nothing."""
 
+    distributed = True
     multi_label = True
+    tasks = ("classification", "segmentation", "regression", "detection")
     config: SourceConfig
 
     def adapt(self, x: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class STAMP(Adapter):
     the outlier score is the entropy of these probabilities, nats.
     """
 
+    needs = "one class an image, which its memory is sorted by"
     config: STAMPConfig
 
     def configure_model(self) -> None:
@@ -96,7 +97,10 @@ class STAMP(Adapter):
             return output
         rows = chosen.nonzero()[:, 0]
         self.memory.add(x[rows.to(x.device)], labels[rows], logits.shape[1], self._pick)
-        for _ in range(self.config.steps if len(self.memory) else 0):
+        if not len(self.memory):
+            self.nothing_to_learn()
+            return output
+        for _ in range(self.config.steps):
             self._replay()
         return output
 

@@ -37,6 +37,7 @@ class T3A(Adapter):
     that its softmax is overconfident.
     """
 
+    needs = "one class and one feature vector an image"
     config: T3AConfig
     supports: Tensor  # (classes, filter_k, width), zeros in an empty place
     entropies: Tensor  # (classes, filter_k), infinite in an empty place

@@ -1,17 +1,29 @@
 """Tent: test entropy minimisation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from tta import norms
-from tta.adapter import Adapter, OptimizerConfig
-from tta.functional import entropy
+from tta.adapter import Adapter, OptimizerConfig, require
+from tta.functional import ENTROPIES, rows
 
 
 @dataclass
 class TentConfig(OptimizerConfig):
-    """The defaults are the paper's for CIFAR: Adam 1e-3, one step per batch."""
+    """The defaults are the paper's for CIFAR: Adam 1e-3, one step per batch.
+
+    Attributes:
+        loss: what is minimised: the ``"entropy"`` of the predictions, or, with ``"come"``, that of opinions, which leave a
+            rest to none of the classes (Zhang et al., ICLR 2025: :func:`tta.functional.opinion_entropy`).
+    """
+
+    loss: Literal["entropy", "come"] = "entropy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.loss in ENTROPIES, f"loss={self.loss!r}", "'entropy' or 'come'")
 
 
 class Tent(Adapter):
@@ -24,7 +36,9 @@ class Tent(Adapter):
     them on).
     """
 
+    distributed = True
     multi_label = True
+    tasks = ("classification", "segmentation")
     config: TentConfig
 
     def configure_model(self) -> None:
@@ -36,5 +50,6 @@ class Tent(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         for _ in range(self.config.steps):
             logits = self.predict(x)
-            self.update(entropy(logits).mean())
+            entropies = ENTROPIES[self.config.loss](rows(logits))  # the pixels of a map are samples too
+            self.update(self.workers.mean(entropies))
         return logits

@@ -90,6 +90,7 @@ class TTAC(Adapter):
     a class that the source model never predicts on them is not aligned.
     """
 
+    needs = "one class and one feature vector an image"
     config: TTACConfig
     scored_forward = "after"
     source_class_mean: Tensor

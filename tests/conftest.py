@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tta.adapter import Adapter
+from tta.towers import ImageTower, TextTower, TwoTowers, WordTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -64,6 +66,87 @@ class SmallCNN(nn.Module):
         return self.fc(self.features(x))
 
 
+class SmallSegmenter(nn.Module):
+    """Images (batch, 3, height, width) -> maps of logits (batch, 5, height, width), in one of the forms that models use."""
+
+    def __init__(self, form: str = "tensor", full: bool = True) -> None:
+        super().__init__()
+        self.form, self.full = form, full
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        maps = self.head(self.body(self.stem(x)))
+        if self.full:
+            maps = nn.functional.interpolate(maps, x.shape[-2:], mode="bilinear", align_corners=False)
+        if self.form == "logits":
+            return SimpleNamespace(logits=maps)
+        return {"out": maps} if self.form == "out" else maps
+
+
+# Data that may not be copied into the project: the folder that TTA_TEST_DATA names, else one beside the checkout.
+TEST_DATA = Path(os.environ.get("TTA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+class CamVidNet(nn.Module):
+    """Images (batch, 3, height, width) in [0, 1] -> maps of eleven classes: MobileNetV2 and a decoder with two skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("std", torch.ones(1, 3, 1, 1))
+        from torchvision.models import mobilenet_v2  # here, since few tests need it
+
+        self.features = mobilenet_v2(weights=None).features[:18]
+        for number in range(14, 18):
+            for layer in self.features[number].modules():
+                if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                    layer.stride, dilation = (1, 1), 1 if number == 14 else 2
+                    layer.dilation = layer.padding = (dilation, dilation)
+        self.context, self.pool = self._block(320, 96), self._block(320, 96)
+        self.skip8, self.skip4 = self._block(32, 32), self._block(24, 24)
+        self.fuse8 = nn.Sequential(self._block(128, 96), self._block(96, 96, 5, 96), self._block(96, 64))
+        self.fuse4 = nn.Sequential(self._block(88, 64), self._block(64, 64, 5, 64), self._block(64, 64))
+        self.head = nn.Conv2d(64, 11, 1)
+
+    @staticmethod
+    def _block(cin: int, cout: int, size: int = 1, groups: int = 1) -> nn.Module:
+        conv = nn.Conv2d(cin, cout, size, padding=size // 2, groups=groups, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(cout), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, seen = (x - self.mean) / self.std, {}
+        for number, layer in enumerate(self.features):
+            y = seen[number] = layer(y)
+        context = self.context(y)
+        context = context + self._like(self.pool(nn.functional.avg_pool2d(y, 3, 2, 1)), context)
+        y = self.fuse8(torch.cat([self._like(context, seen[6]), self.skip8(seen[6])], 1))
+        y = self.fuse4(torch.cat([self._like(y, seen[3]), self.skip4(seen[3])], 1))
+        return self._like(self.head(y), x)
+
+    @staticmethod
+    def _like(maps: Tensor, other: Tensor) -> Tensor:
+        return nn.functional.interpolate(maps, other.shape[-2:], mode="bilinear", align_corners=False)
+
+
+@pytest.fixture(scope="session")
+def outside() -> Path:
+    """The folder of data that may not be copied into the project."""
+    return TEST_DATA
+
+
+@pytest.fixture(scope="session")
+def camvid_net() -> nn.Module:
+    """A network trained on CamVid; a test that asks for it is skipped where its weights are absent."""
+    file = TEST_DATA / "camvid_mobilenet.safetensors"
+    if not file.is_file():
+        pytest.skip(f"needs {file.name} in {TEST_DATA}: see TTA_TEST_DATA")
+    model = CamVidNet()
+    model.load_state_dict({name: value.to(model.state_dict()[name].dtype) for name, value in load_file(file).items()})
+    return model.eval()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # bit-exact comparisons need one order of summation
@@ -96,10 +179,33 @@ def small_cnn() -> type[nn.Module]:
 
 
 @pytest.fixture
+def segmenter() -> Callable[..., nn.Module]:
+    """``segmenter(form, full)`` makes a network for five classes of pixels, the same each time."""
+
+    def make(**how: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return SmallSegmenter(**how).eval()
+
+    return make
+
+
+@pytest.fixture
 def vit() -> nn.Module:
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=10)
     model.load_state_dict(load_file(GOLDEN / "vit.safetensors"))
     return model
+
+
+@pytest.fixture
+def towers() -> nn.Module:
+    """A vision-language model small enough to tune prompts a hundred times: images of 32 pixels, ten classes, random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image, text = ImageTower(32, 16, 16, 1, 2, 8), TextTower(17, 9, 16, 1, 2, 8)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    words = WordTokenizer(["<pad>", "a", "photo", "of", ".", *names, "<start>", "<end>"], 9)
+    return TwoTowers(image, text, words, names, logit_scale=2.3)
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +220,11 @@ def golden_source() -> Tensor:
     """The source models' training images, (512, 3, 32, 32) float32 in [0, 1]."""
     grey = torch.from_numpy(np.load(GOLDEN / "stream.npz")["source_images"])
     return grey[:, None].repeat(1, 3, 1, 1).float() / 255
+
+
+@pytest.fixture(scope="session")
+def golden_source_labels() -> Tensor:
+    return torch.from_numpy(np.load(GOLDEN / "stream.npz")["source_labels"]).long()
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,18 @@ def test_what_cannot_be_aligned_is_refused(cnn, golden_source):
         tta.adapt(cnn, "actmad")
     cnn.unused = nn.BatchNorm2d(3)
     with pytest.raises(ValueError, match="never reaches layer 'unused': leave it out"):
-        tta.adapt(cnn, "actmad", source=golden_source[:8])
+        tta.adapt(cnn, "actmad", source=golden_source[:8], layers=["unused", "layer1.*"])
+    with pytest.raises(ValueError, match="reaches none of the 1 layers, as 'unused'"):
+        tta.adapt(cnn, "actmad", source=golden_source[:8], layers=["unused"])
+
+
+def test_layers_that_a_forward_does_not_reach_make_no_difference(cnn, golden_source, golden_images):
+    """The auxiliary heads of a GoogLeNet run in training only: without ``layers`` they are left out, not refused."""
+    expected = tta.adapt(cnn, "actmad", source=golden_source[:64])
+    cnn.auxiliary = nn.Sequential(nn.Conv2d(16, 3, 1), nn.BatchNorm2d(3))
+    adapter = tta.adapt(cnn, "actmad", source=golden_source[:64])
+    for x in golden_images[:64].split(32):
+        assert torch.equal(adapter(x), expected(x))
 
 
 def test_statistics_of_other_layers_or_positions_are_refused(net, images):
@@ -220,3 +231,11 @@ def test_detectors_and_segmenters_align(make, layers):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.filterwarnings("ignore:.*round away")
+def test_a_model_of_another_precision_is_served(dtype, net, images):
+    adapter = tta.adapt(net.to(dtype), "actmad", source=images[:16].to(dtype), source_batch_size=16)
+    assert adapter(images[16:].to(dtype)).shape == (24, 4)
+    assert adapter.progress().updates == 1

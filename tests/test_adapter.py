@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,40 @@ def test_tied_weights_stay_tied_and_appear_once(batch, tmp_path):
     assert torch.equal(fresh(batch), adapter(batch))
 
 
+class Shared(nn.Module):
+    """One layer in two places, as the position encodings of CoaT are, and a weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        shared = nn.Conv2d(4, 4, 1)
+        self.encode, self.block = shared, nn.Sequential(shared, nn.ReLU())
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other.weight = self.one.weight
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        features = self.block(self.first(x) + self.encode(self.first(x))).mean((2, 3))
+        return self.fc(self.other(self.one(features)))
+
+
+def test_the_source_is_predicted_without_a_trace_in_shared_layers(batch):
+    torch.manual_seed(0)
+    model = Shared().eval()
+    adapter = tta.adapt(model, "cotta", views=2, lr=0.1, augment="none")
+    before = dict(adapter.model.named_parameters())
+    with torch.no_grad():
+        source = adapter.predict_as_source(batch)
+    assert all(value is before[name] for name, value in adapter.model.named_parameters())
+    for _ in range(2):
+        adapter(batch)
+    assert not torch.equal(adapter.model.encode.weight, model.encode.weight)
+    assert not torch.equal(adapter.model.one.weight, model.one.weight)
+    with torch.no_grad():
+        assert torch.allclose(adapter.predict_as_source(batch), source, atol=1e-6)
+        assert not torch.allclose(adapter.predict(batch), source, atol=1e-4)
+
+
 def test_reset_restores_buffers_outside_the_state(batch):
     adapter = tta.adapt(Tied(), "tent")
     adapter.model.offset.zero_()
@@ -237,7 +272,7 @@ def test_a_convolutional_model_of_size_runs_channels_last(wide, cnn, vit):
 @pytest.mark.parametrize("method", ["source", "norm", "tent", "sar", "cotta", "rotta"])
 def test_channels_last_changes_neither_results_nor_states(wide, batch, tmp_path, method):
     settings = {"cotta": {"views": 2, "rst_m": 0.0, "optimizer": "sgd"}, "rotta": {"update_frequency": 8}}
-    make = lambda **how: tta.adapt(wide, method, **settings.get(method, {}), **how)  # noqa: E731
+    make = partial(tta.adapt, wide, method, **settings.get(method, {}))
     last, again = make(), make()
     first = tta.adapt(copy.deepcopy(wide), method, **settings.get(method, {}), copy=False)
     for x in (batch, batch.flip(0), batch.flip(2)):

@@ -16,10 +16,10 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 
 # Building blocks: flat files, one idea each, that may use one another.
 BLOCKS = (
-    "tta.messages tta.functional tta.norms tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
-    "tta.hyperparameters"
+    "tta.messages tta.functional tta.distributed tta.norms tta.pooled tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
+    "tta.hyperparameters tta.caches tta.compiling"
 )
-ADAPTER = f"{BLOCKS} tta.adapter tta.source"
+ADAPTER = f"{BLOCKS} tta.towers tta.tasks tta.adapter tta.source"
 
 # room -> what its modules may import besides the standard library and the room itself. A room is a folder or a file;
 # nothing imports a room below it in this table, and nothing imports `tta` but as a user would.
@@ -29,38 +29,56 @@ MAY_IMPORT = {
     "tta.augment": f"torch torchvision {BLOCKS}",
     "tta.paths": "pooch",
     "tta.places": "",
+    "tta.auxiliary": f"torch {BLOCKS}",
+    "tta.auxiliary_file": f"torch safetensors tta.places tta.auxiliary {BLOCKS}",
     "tta.labels": "",
     "tta.batches": "torch tta.labels",
     "tta.allocator": "",
-    "tta.models": f"torch timm torchvision transformers safetensors tta.paths {BLOCKS}",
-    "tta.source": f"torch safetensors {BLOCKS}",
-    "tta.adapter": f"torch safetensors tta.places tta.source {BLOCKS}",
+    "tta.tasks": f"torch torchmetrics numpy tta.labels {BLOCKS}",
+    "tta.towers": f"torch {BLOCKS}",
+    "tta.models": f"torch timm torchvision transformers open_clip safetensors tta.paths tta.auxiliary_file tta.towers {BLOCKS}",
+    "tta.source": f"torch safetensors tta.tasks {BLOCKS}",
+    "tta.adapter": f"torch safetensors tta.places tta.towers tta.tasks tta.source {BLOCKS}",
+    "tta.artefact": "torch safetensors onnx onnxruntime tta.places tta.functional",
+    "tta.guard": f"torch numpy {ADAPTER}",
     "tta.configs": "",
     "tta.config": "omegaconf yaml tta.configs tta.hyperparameters tta.messages tta.adapter",
-    "tta.methods.*": f"torch torchvision safetensors {ADAPTER}",
-    "tta.methods": f"torch tta.config tta.methods.* {ADAPTER}",
+    "tta.methods.*": f"torch torchvision sklearn safetensors tta.auxiliary tta.auxiliary_file {ADAPTER}",
+    "tta.methods": f"torch tta.config tta.guard tta.methods.* {ADAPTER}",
     "tta.datasets": "torch torchvision numpy PIL sklearn pooch yaml tta.fingerprint tta.labels tta.messages tta.paths",
-    "tta.results": "torch torchmetrics numpy pandas pyarrow tta.messages tta.places tta.functional tta.labels tta.adapter tta.config",
-    "tta.report": "numpy pandas rich matplotlib tta.messages tta.datasets tta.results",
+    "tta.results": "torch torchmetrics numpy pandas pyarrow tta.messages tta.places tta.functional tta.labels tta.tasks tta.adapter "
+    "tta.auxiliary tta.config",
+    "tta.report": "numpy pandas rich matplotlib tta.messages tta.tasks tta.datasets tta.results",
     "tta.progress": "lightning rich tta.messages tta.datasets",
     "tta.callbacks": f"lightning torch tta.batches tta.methods tta.datasets tta.results {ADAPTER}",
     "tta.leftovers": f"torch tta.datasets {ADAPTER}",
-    "tta.engine": f"lightning torch tta.labels tta.batches tta.leftovers tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress "
-    f"{ADAPTER}",
-    "tta.benchmark": f"rich pandas yaml torch ray filelock tta tta.allocator tta.places tta.models tta.methods tta.datasets tta.results "
+    "tta.oracle": f"torch tta.labels tta.datasets {ADAPTER}",
+    "tta.online": f"lightning torch numpy tta.tasks tta.oracle tta.labels tta.batches tta.datasets tta.results {ADAPTER}",
+    "tta.engine": f"lightning torch tta.leftovers tta.methods tta.datasets tta.results tta.config tta.callbacks tta.progress tta.online {ADAPTER}",
+    "tta.training": f"lightning torch tta.places tta.auxiliary tta.auxiliary_file tta.methods tta.config {ADAPTER}",
+    "tta.benchmark": f"rich pandas yaml torch ray filelock tta tta.tasks tta.allocator tta.places tta.models tta.methods tta.datasets tta.results "
     f"tta.report tta.engine tta.config {ADAPTER}",
-    "tta.cli": f"rich tta tta.allocator tta.places tta.models tta.methods tta.datasets tta.results tta.report tta.benchmark "
+    "tta.serve": "fastapi uvicorn pydantic prometheus_client torch safetensors PIL filelock tta.messages tta.hyperparameters "
+    "tta.adapter tta.datasets",
+    "tta.demo": f"fastapi uvicorn pydantic torch PIL tta.labels tta.config tta.methods tta.datasets {ADAPTER}",
+    "tta.cli": f"rich tta torch tta.training tta.serve tta.demo tta.artefact tta.allocator tta.places tta.models tta.methods tta.datasets tta.results tta.report tta.benchmark "
     f"tta.engine tta.config {ADAPTER}",
     "tta.__main__": "tta.cli",
-    "tta": "tta.adapter tta.benchmark tta.datasets tta.engine tta.methods tta.models tta.report tta.results tta.source",
+    "tta": "tta.adapter tta.benchmark tta.datasets tta.engine tta.guard tta.methods tta.models tta.report tta.results tta.source tta.towers",
 }
 FOLDERS_WITH_A_FACE = [
+    "tta.towers",
     "tta.models",
+    "tta.tasks",
     "tta.source",
     "tta.adapter",
+    "tta.guard",
     "tta.results",
     "tta.report",
+    "tta.training",
     "tta.benchmark",
+    "tta.serve",
+    "tta.demo",
     "tta.cli",
     "tta.datasets.corruptions",
 ]
@@ -214,7 +232,13 @@ def test_a_module_without_a_row_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("library", "owners"),
-    [("lightning", ["tta.callbacks", "tta.engine", "tta.progress"]), ("omegaconf", ["tta.config"])],
+    [
+        (
+            "lightning",
+            ["tta.callbacks", "tta.engine", "tta.online", "tta.progress", "tta.training.module", "tta.training.stage"],
+        ),
+        ("omegaconf", ["tta.config"]),
+    ],
 )
 def test_a_library_has_its_owners(library: str, owners: list[str]) -> None:
     importers = [name for name, file in MODULES.items() if library in imported(file.read_text(), name)]

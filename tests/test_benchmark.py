@@ -89,6 +89,8 @@ SHARED = {
     "clean": True,
     "accelerator": "cpu",
     "num_workers": 2,
+    "guard": True,
+    "compile": True,
 }
 
 
@@ -100,7 +102,8 @@ def test_settings_of_a_benchmark_are_those_of_its_cells_and_of_their_requests():
 
 
 def test_settings_that_are_handed_on_are_arguments_of_the_function():
-    assert set(settings.OF_MODEL) <= inspect.signature(tta.load_model).parameters.keys()
+    of_model = {"classes" if name == "class_names" else name for name in settings.OF_MODEL}
+    assert of_model <= inspect.signature(tta.load_model).parameters.keys()
     assert set(settings.OF_ENGINE) <= inspect.signature(tta.evaluate).parameters.keys()
     assert {*settings.OF_MODEL, *settings.OF_ENGINE} <= {
         field.name for field in dataclasses.fields(settings.RunSettings)
@@ -263,6 +266,7 @@ def test_two_processes_write_the_same_cells(tmp_path):
     assert len(list(tmp_path.iterdir())) == 30  # and nothing lies about
 
 
+@pytest.mark.slow
 def test_two_benches_on_one_folder_share_the_work(tmp_path):
     file, out = tmp_path / "tiny.yaml", tmp_path / "out"
     file.write_text(json.dumps(TINY))
@@ -381,6 +385,7 @@ def test_an_error_inside_a_cell_is_an_outcome():
     assert "Traceback" in found.traceback
 
 
+@pytest.mark.slow
 def test_killed_half_way_a_benchmark_goes_on_where_it_was(tmp_path, capsys):
     file, out = tmp_path / "tiny.yaml", tmp_path / "out"
     file.write_text(json.dumps(TINY))  # JSON is YAML

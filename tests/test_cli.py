@@ -15,7 +15,7 @@ import tta
 from tta.benchmark import cells, runs
 from tta.benchmark.cells import Cell, run_cell
 from tta.cli import main
-from tta.cli.arguments import parse_request
+from tta.cli.arguments import DEMO, parse_request
 from tta.datasets import write
 from tta.results import Result
 
@@ -68,6 +68,7 @@ def test_a_second_run_overwrites_nothing(tmp_path):
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
+@pytest.mark.slow
 def test_runs_at_once_overwrite_nothing(tmp_path):
     command = [sys.executable, "-m", "tta", "run", "digits-c", "norm", *QUICK, "--out", str(tmp_path / "out")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
@@ -142,7 +143,14 @@ def test_table_reads_what_run_wrote(tmp_path, capsys):
 def test_leftovers_join_unless_they_are_to_be_kept(tmp_path):
     assert parse_request(["norm", "leftover=keep"]).run.leftover == "keep"
     assert parse_request(["norm"]).run.leftover == "join"
-    assert run("norm", "leftover=drop", "--out", str(tmp_path)) == 1
+    assert run("norm", "leftover=drop", "--out", str(tmp_path)) == 2
+
+
+def test_a_stream_has_a_protocol_of_its_own():
+    assert parse_request(["shift", "norm"]).run.protocol == "per-domain"
+    assert parse_request(["acdc", "norm", "rounds=3"]).stream_settings == {"rounds": 3}
+    assert parse_request(["shift", "norm", "protocol=mixed"]).run.protocol == "mixed"
+    assert parse_request(["camvid", "norm"]).run.protocol == "continual"
 
 
 def test_table_shows_the_rest_and_names_a_broken_result(tmp_path, capsys):
@@ -227,12 +235,20 @@ def test_list_has_a_line_for_each(what, capsys):
         (["protocol=often"], "No protocol 'often'"),
         (["model=digits-cnm"], "No model 'digits-cnm'. Did you mean 'digits-cnn'"),
         (["model=digits-cnn", "checkpoint=/no/such/file"], "No checkpoint at '/no/such/file'"),
-        (["checkpoint=x"], "checkpoint= is for one model, .* has digits-cnn, digits-vit: say which, model=digits-cnn"),
+        (
+            ["checkpoint=x"],
+            "checkpoint= is for one model, .* has digits-cnn, digits-vit, digits-gn, digits-clip: say which, model=digits-cnn",
+        ),
         (["model=digits-cnn", "num_classes=7"], "It is for 10 classes, the network is for 7"),
         (["model=digits-cnn", "mean=[0.5,0.5]"], "mean and std are three numbers each"),
         (["preset=cifar", "tent"], "no preset 'cifar'"),
         (["seed=x"], "seed"),
         (["batch_size=0"], "batch_size is 1 or more; got 0"),
+        (["leftover=drop"], "leftover is one of 'join', 'keep'; got 'drop'"),
+        (["precision=16-mixed"], "precision is one of 32-true, bf16-mixed; got '16-mixed'"),
+        (["accelerator=abacus"], "accelerator is one of auto, gpu, .*cpu.*; got 'abacus'"),
+        (["num_workers=-1"], "num_workers is 0 .* or more; got -1"),
+        (["seed=-1"], "Got seed=-1; expected a number from 0 to 4294967295"),
     ],
 )
 def test_a_users_mistake_is_a_sentence_and_exit_code_2(words, message, tmp_path, capsys):
@@ -315,10 +331,37 @@ def test_bare_keys_reach_every_method_that_has_them():
     assert request.stream_settings == {"severity": 2}
 
 
-def test_run_alone_is_the_demo():
-    request = parse_request([])
+def test_run_alone_is_the_demo_with_the_default_method_in_it():
+    request = parse_request(DEMO)
     assert request.stream == "digits-c"
-    assert request.methods == ["source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore"]
+    assert request.methods == ["source", "norm", "tent", "eata", "rotta", "actmad", "dpcore", "auto"]
+    assert not request.run.guard
+
+
+@pytest.mark.parametrize(
+    ("words", "methods", "guard"),
+    [
+        (["digits-c"], ["source", "auto"], True),
+        (["digits-c", "guard=false"], ["source", "auto"], False),
+        (["digits-c", "auto"], ["auto"], False),
+        (["digits-c", "tent", "guard=true"], ["tent"], True),
+    ],
+)
+def test_without_a_method_the_default_one_runs_guarded(words, methods, guard):
+    request = parse_request(words)
+    assert request.methods == methods
+    assert request.run.guard is guard
+
+
+def test_guard_is_around_every_method_but_the_source_model(tmp_path, capsys):
+    assert run("source", "norm", "guard=true", "--out", str(tmp_path)) == 0
+    found = {
+        json.loads(file.read_text())["method"]: json.loads(file.read_text()) for file in tmp_path.rglob("result.json")
+    }
+    assert "guard" in found["norm"]["manifest"]
+    assert found["norm"]["metrics"]["guard"]["batches_learned"] > 0
+    assert "guard" not in found["source"]["manifest"]
+    assert "guarded" in capsys.readouterr().out
 
 
 def test_each_method_runs_on_the_first_model_it_supports_and_source_on_each_in_use(tmp_path):

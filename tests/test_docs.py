@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 import tta
-from tta import benchmark
+from tta import artefact, benchmark
 from tta.cli import arguments as words
-from tta.cli import parser
+from tta.cli import demo, exporting, parser, serving
+from tta.cli import training as stage
 from tta.datasets import catalog, download
 from tta.report import figures
 from tta.results import published
@@ -49,6 +50,15 @@ def problem(command):
         elif action in ("run", "plot", "source"):
             stream = [given.data] if action == "source" and given.data in catalog.STREAMS else []
             words.parse_request([*stream, *given.words])
+        elif action == "serve":
+            serving.parse(given.words)
+        elif action == "demo":
+            demo.parse(given.words)
+        elif action == "train":
+            stage.parse(given.method, given.words)
+        elif action == "export":
+            exporting.parse(given.words)
+            assert given.out.suffix in artefact.FORMATS
         elif action == "bench" and given.name.endswith(".yaml"):
             words.key_values(given.words)
         elif action == "bench":
@@ -116,6 +126,14 @@ def test_benchmarks_shown_are_understood(page):
         "tta download cifar11-c",
         "tta download imagenet-c noises",
         "tta source digits-cnn digits-c eata severity=9",
+        "tta serve digits-cnn tnet",
+        "tta serve digits-cnn tent prot=80",
+        "tta demo digits-cnn tnet",
+        "tta demo tent rate=1",
+        "tta train tent digits-cnn digits-c -o a.safetensors",
+        "tta train ttt digits-cnn digits-c epoch=3 -o a.safetensors",
+        "tta export a.safetensors digits-cnn -o model.tflite",
+        "tta export a.safetensors digits-cnn image=pictures -o model.pt2",
     ],
 )
 def test_a_wrong_command_is_found(command):

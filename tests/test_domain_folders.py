@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import tta
-from tta.datasets import domain_folders
+from tta.datasets import catalog, domain_folders
 
 
 def build(folder, domains, classes):
@@ -38,6 +38,20 @@ def test_pacs(tmp_path, inside):
         ("sketch", [0, 0, 1]),
         ("photo", [0, 0, 1]),
     ]
+
+
+def test_one_domain_of_pacs_is_left_out_of_training(tmp_path):
+    build(tmp_path, domain_folders.PACS.domains, PACS_CLASSES)
+    stream = tta.stream("pacs", root=tmp_path, held_out="cartoon", resize=16, batch_size=20)
+    assert [domain.name for domain in stream.domains] == ["cartoon"]
+    rest = catalog.source_images("pacs", stream={"root": tmp_path, "held_out": "cartoon", "resize": 16})
+    reds = [float(image[0, 5, 5]) for image, _ in rest]
+    assert len(rest) == 3 * 14
+    assert {round(red / 60) for red in reds} == {0, 2, 3}  # the second domain is the cartoons
+    with pytest.raises(ValueError, match=r"stream\.held_out= one of art_painting, cartoon, photo, sketch; got 'comic'"):
+        catalog.source_images("pacs", stream={"root": tmp_path, "held_out": "comic"})
+    with pytest.raises(ValueError, match="'digits-c' has no setting 'held_out' for its training images"):
+        catalog.source_images("digits-c", stream={"held_out": "fog"})
 
 
 @pytest.mark.parametrize("real", ["Real World", "Real_World"])

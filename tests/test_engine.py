@@ -1,5 +1,6 @@
 """The engine: resets, loggers, progress, and the pieces for people with a Trainer of their own."""
 
+import json
 import subprocess
 import sys
 from collections import OrderedDict, UserDict, namedtuple
@@ -199,7 +200,7 @@ def test_progress_shows_domain_error_and_speed_and_is_refreshed_seldom(cnn, stre
     updates = []
     monkeypatch.setattr("rich.progress.Progress.update", lambda self, task, **fields: updates.append(fields))
     clock = iter(n * 0.05 for n in range(10_000))  # read twice a batch
-    monkeypatch.setattr("tta.engine.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tta.online.time.perf_counter", lambda: next(clock))
     tta.evaluate(tta.adapt(cnn, "source"), stream)
     assert OnlineProgress.REFRESH_SECONDS == 0.25
     assert 2 <= len(updates) <= 3  # 8 batches of a tenth of a second each
@@ -294,7 +295,7 @@ def test_callback_names_the_modules_there_are(cnn, golden_images, golden_labels,
 # ---------------------------------------------------------------------- several processes, batches and models of others
 
 TWO_PROCESSES = """
-import lightning.pytorch as pl, torch, tta, sys
+import lightning.pytorch as pl, json, os, sys, torch, tta
 from torch.utils.data import DataLoader, TensorDataset
 from tta.engine import AdaptCallback, OnlineModule
 
@@ -305,27 +306,58 @@ class Mine(pl.LightningModule):
     def test_step(self, batch, _):
         self.model(batch[0])
 
-if __name__ == "__main__":
-    loader = DataLoader(TensorDataset(torch.rand(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)), batch_size=4)
-    module = Mine() if sys.argv[1] == "AdaptCallback" else OnlineModule(tta.adapt(tta.load_model("digits-cnn"), "norm"))
-    callbacks = [AdaptCallback("norm")] if sys.argv[1] == "AdaptCallback" else []
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=callbacks,
-                         enable_progress_bar=False, enable_checkpointing=False)
+def tested(module, processes, divided=False, callbacks=()):
+    options = dict(strategy="ddp") if processes > 1 else {}
+    trainer = pl.Trainer(accelerator="cpu", devices=processes, logger=False, callbacks=list(callbacks), enable_checkpointing=False,
+                         enable_progress_bar=False, use_distributed_sampler=divided, **options)
     try:
-        trainer.test(module, loader, verbose=False)
+        (logged,) = trainer.test(module, loader, verbose=False)
     except ValueError as error:
-        sys.stdout.write(f"REFUSED {error}\\n")
+        return str(error)
+    found, adapter = module.predictions(), module.adapter
+    return {"logged": logged["mean_error"], "index": found.index.tolist(), "prediction": found.prediction.tolist(),
+            "batch": found.batch.tolist(), "updates": adapter.progress().updates, "backwards": module.metrics["backwards"],
+            "workers": adapter.workers.size}
+
+if __name__ == "__main__":
+    draws = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(19, 3, 32, 32, generator=draws), torch.randint(10, (19,), generator=draws)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=6)  # parts of 3 and 3, and at last of 1 and 0
+    def online(method):
+        return OnlineModule(tta.adapt(tta.load_model("digits-cnn"), method))
+    found = {
+        "two": tested(online("tent"), 2),
+        "divided": tested(online("tent"), 2, divided=True),
+        "rotta": tested(online("rotta"), 2),
+        "oracle": tested(OnlineModule(tta.adapt(tta.load_model("digits-cnn"), "tent"), oracle_steps=2), 2),
+        "AdaptCallback": tested(Mine(), 2, callbacks=[AdaptCallback("norm")]),
+    }
+    found["one"] = tested(online("tent"), 1)
+    with open(f"{sys.argv[1]}/{os.environ.get('LOCAL_RANK', '0')}.json", "w") as file:
+        json.dump(found, file)
+    torch.distributed.barrier()  # the test reads both
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="DDP on the CPU needs gloo")
-@pytest.mark.parametrize("what", ["OnlineModule", "AdaptCallback"])
-def test_several_processes_are_refused(what, tmp_path):
+@pytest.mark.slow
+def test_two_processes_give_one_result(tmp_path):
+    """The same in both, and that of one process; what cannot be shared is refused in both, so that none goes on alone."""
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    command = [sys.executable, str(tmp_path / "two.py"), what]
+    command = [sys.executable, str(tmp_path / "two.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
-    said = f"REFUSED {what} adapts one model to one stream in one process; this Trainer has 2"
-    assert done.stdout.count(said) == 2, done.stderr  # each process says it, none goes on alone
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    logged, alone = first["two"].pop("logged"), first["one"].pop("logged")
+    assert logged == pytest.approx(alone)
+    assert first["two"] == first["one"]
+    assert first["one"]["index"] == list(range(19))
+    assert first["one"]["updates"] == 4
+    assert "use_distributed_sampler=False" in first["divided"]
+    assert "rotta cannot share a stream with other workers" in first["rotta"]
+    assert "oracle_steps would be decided by one worker's part" in first["oracle"]
+    assert "AdaptCallback adapts one model to one stream in one process; this Trainer has 2" in first["AdaptCallback"]
 
 
 KEYS = [("pixel_values", "labels"), ("image", "label"), ("images", "labels"), ("img", "label")]

@@ -39,6 +39,8 @@ def adapted(model, method, images, **settings):
         ("rotta", {"update_frequency": 16}),
         ("petal", {"views": 2}),
         ("note", {"iabn": False}),
+        ("delta", {}),
+        ("sotta", {"update_frequency": 16, "high_threshold": 0.1}),
         ("shot", {}),
         ("pl", {"statistics": "source"}),
         ("memo", {"views": 2, "augment": "none"}),
@@ -148,3 +150,13 @@ def test_a_model_that_answers_with_an_object(cnn, images):
     adapter = adapted(Answering(cnn), "tent", images)
     with adapter.paused():
         torch.testing.assert_close(adapter.export(exact=True)(images).logits, adapter(images), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_are_compared_by_their_distance_alone(images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)).eval()
+    adapter = tta.adapt(model, "source", task="regression")
+    with torch.no_grad():
+        model[-1].bias += 1
+    with pytest.raises(ValueError, match=r"on \d+ images outputs differ by up to 1\.") as refused:
+        adapter._compare(model, images, exact=True)
+    assert "agree" not in str(refused.value)

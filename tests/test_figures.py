@@ -1,7 +1,6 @@
 """Pictures and the HTML report: what they show are the numbers of the results."""
 
 import dataclasses
-import math
 from html.parser import HTMLParser
 
 import numpy as np
@@ -177,11 +176,6 @@ def test_command_line_draws_and_names_what_there_is(results, tmp_path, capsys):
     assert "Did you mean 'heatmap'" in capsys.readouterr().err
     assert main(["table", str(tmp_path / "runs"), "--format", "html"]) == 0
     assert capsys.readouterr().out.startswith("<!DOCTYPE html>")
-
-
-def test_unknown_numbers_do_not_count():
-    assert figures._mean_of([math.nan, 2.0, 4.0]) == 3.0
-    assert math.isnan(figures._mean_of([math.nan]))
 
 
 @pytest.mark.parametrize("name", ["$\\frac{$", "_hidden", "a\x1b[2J", "a\nb"])

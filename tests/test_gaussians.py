@@ -180,3 +180,11 @@ def test_class_gaussians_recomputed_plainly(cnn, golden_source, setting):
             expected = expected if setting == "full" else expected.diagonal()
             torch.testing.assert_close(known["class_covariance"][number], expected, rtol=1e-4, atol=1e-5)
     assert ("class_covariance" in known) == (setting != "none")
+
+
+@pytest.mark.parametrize("method", ["cafa", "owttt", "ttac"])
+def test_features_that_are_the_same_for_all_images_have_no_gaussian(cnn, golden_source, method):
+    """Not an error of the Cholesky decomposition, and no adapter whose every step is skipped."""
+    torch.nn.init.zeros_(cnn.stem[0].weight)
+    with pytest.raises(ValueError, match=r"hardly differ from image to image: by \S+, of a size of .* Pass source"):
+        tta.adapt(cnn, method, source=golden_source[:32])

@@ -114,6 +114,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_wrong_variant_is_not_equal(key, images, change, runs, mutated, parity, golden_logits):
     assert parity.unlike(runs(key, images, **mutated(change)), golden_logits(key)[:images], **bounds(key))
 

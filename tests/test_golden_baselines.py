@@ -187,6 +187,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_wrong_variant_is_not_equal(key, images, change, runs, mutated, parity, logits):
     theirs = torch.from_numpy(logits[key])[part(key)][:images]
     assert parity.unlike(runs(key, images, **mutated(change)), theirs, **bounds(key))

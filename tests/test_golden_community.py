@@ -124,6 +124,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_wrong_variant_is_not_equal(key, images, change, runs, mutated, parity):
     theirs = torch.from_numpy(LOGITS[key])[:images]
     assert parity.unlike(runs(key, images, **mutated(change)), theirs, largest=3 * NOISE[key])

@@ -10,7 +10,13 @@ from torch import nn
 
 import tta
 
-METHODS = [name for name in tta.list_methods() if name not in ("dpcore", "foa")]
+METHODS = [name for name in tta.list_methods(task="classification", two_towers=False) if name not in ("dpcore", "foa")]
+QUICK = {  # in place of defaults that are slow
+    "clust3": {"steps": 2, "projectors": 2, "source_steps": 1},
+    "cta": {"steps": 2, "source_steps": 1, "augment": "crop"},
+    "ttt": {"copies": 2, "source_steps": 1},
+    "ttt_mae": {"copies": 2, "source_steps": 1, "width": 4},
+}
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def test_each_unfit_batch_has_a_sentence_and_leaves_no_trace(cnn, images, batch,
 @pytest.mark.parametrize("method", METHODS)
 def test_after_a_refused_batch_every_method_goes_on_as_before(cnn, images, method):
     source = [(images, torch.arange(16) % 10)]
-    adapter, other = (tta.adapt(cnn, method, source=source) for _ in range(2))
+    adapter, other = (tta.adapt(cnn, method, source=source, **QUICK.get(method, {})) for _ in range(2))
     with pytest.raises(ValueError, match=r"channels|of shape"):
         adapter(images[:, :1])
     assert torch.equal(adapter(images), other(images))
@@ -107,6 +113,34 @@ def test_a_filter_that_lets_nothing_through_is_warned_of_once(cnn, images):
             adapter(images)
     assert [("no update in 50 batches" in str(warning.message)) for warning in said] == [True]
     assert adapter.progress() == (60, 0, 60, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "size"),
+    [
+        ("stamp", {"alpha": 1e-9, "augment": "none"}, 4),  # no sample is sure: an empty memory
+        ("deyo", {"margin": 1e-9}, 4),
+        ("shot", {}, 1),  # a single image has no diversity,
+        ("actmad", {}, 1),  # and no variance
+    ],
+)
+def test_steps_left_out_without_a_loss_are_counted_and_warned_of(cnn, images, method, settings, size):
+    adapter = tta.adapt(cnn, method, source=images, **settings)
+    for _ in range(49):
+        adapter(images[:size])
+    with pytest.warns(RuntimeWarning, match="no update in 50 batches: .* the batches are too small"):
+        adapter(images[:size])
+    assert adapter.progress() == (50, 0, 50, 0, 0)
+
+
+def test_steps_without_any_gradient_are_counted_as_such(cnn, images):
+    sure = copy.deepcopy(cnn)
+    sure.fc.weight.data *= 1e9  # all probabilities are 0 or 1
+    adapter = tta.adapt(sure, "tent", small_batches="blend")
+    for _ in range(2):
+        adapter(images)
+    assert (adapter.progress().updates, adapter.progress().filtered) == (0, 2)
+    assert all(torch.equal(p, q) for p, q in zip(adapter.model.parameters(), sure.parameters(), strict=True))
 
 
 def test_progress_counts_and_is_reset(cnn, images):

@@ -83,9 +83,33 @@ def test_norm_refuses_a_model_without_batch_norm(vit):
         tta.adapt(vit, "norm")
 
 
+def test_only_layers_count_as_similar_ones():
+    """Not a block or a network that is called after the norms that it does without."""
+
+    class NormFreeBlock(nn.Sequential):
+        pass
+
+    model = NormFreeBlock(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+    with pytest.raises(ValueError, match=r"InstanceNorm\. Use a method that does not adapt normalisation layers"):
+        tta.adapt(model, "tent")
+    with pytest.raises(ValueError, match=r"BatchNorm\. It has LayerNorm\. Use"):
+        tta.adapt(NormFreeBlock(nn.Conv2d(3, 4, 3), nn.LayerNorm(6), nn.Flatten(), nn.Linear(144, 5)), "norm")
+    with pytest.raises(ValueError, match=r"It has LayerNorm2d\. To have LayerNorm2d adapted, derive the class"):
+        tta.adapt(NormFreeBlock(nn.Conv2d(3, 4, 3), LayerNorm2d(4), nn.Flatten(), nn.Linear(144, 5)), "tent")
+
+
 def test_norm_refuses_a_blend_without_source_statistics():
     with pytest.raises(ValueError, match="no running statistics"):
         tta.adapt(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "norm", alpha=0.5)
+
+
+def test_norm_refuses_layers_that_normalise_by_the_batch_already(batches):
+    """On them it would be the source model, without a word."""
+    layer = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Flatten(), nn.Linear(144, 5))
+    with pytest.raises(ValueError, match=r"The 1 BatchNorm layers of Sequential keep no running .*Use one that learns"):
+        tta.adapt(model, "norm")
+    assert tta.adapt(model, "tent")(batches[0]).isfinite().all()
 
 
 def test_norm_refuses_alpha_and_momentum_together(model):
@@ -181,7 +205,7 @@ def test_rms_and_instance_norms_adapt(layer, batches):
     assert not any(torch.equal(a, b) for a, b in zip(before, adapter.parameters_to_adapt(), strict=True))
 
 
-@pytest.mark.parametrize("method", ["tent", "eata", "sar", "rmt", "psmt"])
+@pytest.mark.parametrize("method", ["tent", "eata", "sar", "cmf", "rmt", "psmt"])
 def test_layers_without_a_scale_are_refused_or_served(method, batches):
     """Nothing to adapt in the normalisation layers is a sentence, not an error of autograd."""
     plain = nn.BatchNorm2d(4, affine=False)
@@ -189,7 +213,7 @@ def test_layers_without_a_scale_are_refused_or_served(method, batches):
     if method in ("rmt", "psmt"):
         assert tta.adapt(model, method, source=batches[0])(batches[1]).isfinite().all()
     else:
-        with pytest.raises(ValueError, match=r"no parameters to adapt|have no scale and shift"):
+        with pytest.raises(ValueError, match=r"no parameters to adapt .*affine=False\)\. Use|no scale and shift"):
             tta.adapt(model, method, source=batches[0])
 
 
@@ -260,3 +284,23 @@ def test_channels_last_batch_statistics_under_vmap():
     with torch.no_grad():
         together = torch.vmap(layer)(views)
         torch.testing.assert_close(together, torch.stack([layer(view) for view in views]))
+
+
+@pytest.mark.parametrize("kind", [norms.RobustBatchNorm, norms.MovingBatchNorm, norms.BlendedBatchNorm])
+def test_blended_statistics_are_the_same_channels_last(kind):
+    """Output, gradients and stored statistics; the gradient through the batch's share alone is a fifth of the whole."""
+
+    def learned(memory_format):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.BatchNorm2d(16))
+        nn.init.uniform_(model[0].weight, 0.5, 1.5)
+        norms.blend_statistics(model, 0.3, kind)
+        x = (2 * torch.randn(8, 16, 6, 6) + 1).to(memory_format=memory_format).requires_grad_()
+        with norms.remembering(model):
+            out = model(x)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        layer = model[0].layer
+        return out, x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var
+
+    for last, first in zip(learned(torch.channels_last), learned(torch.contiguous_format), strict=True):
+        torch.testing.assert_close(last, first, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from tta.datasets.protocols import PROTOCOLS
 from tta.engine import OnlineModule, measure_cost
 
 # Those that neither leave out nor repeat a sample of the domains they are given.
-PLAIN = ("continual", "per-domain", "episodic", "csc", "batch-1", "budget", "mixed", "correlated", "cdc")
+PLAIN = ("continual", "per-domain", "episodic", "csc", "batch-1", "budget", "feedback", "mixed", "correlated", "cdc")
 CROSSING = ("mixed", "ptta")
 NEEDS_CORRUPTIONS = ("gradual", "ccc")
 # accuracies of a model that loses 4 points with each quarter of severity
@@ -90,6 +90,7 @@ def test_resets():
         "recurring",
         "forgetting",
         "budget",
+        "feedback",
         "ccc",
     ]
     domain = ["per-domain", "label-shift", "batch-1", "outliers"]
@@ -569,7 +570,7 @@ def test_measured_cost_leaves_the_adapter_alone(cnn, monkeypatch):
     before = adapter.state_dict()
     assert measure_cost(adapter, torch.rand(8, 3, 32, 32)) >= 1
     assert all(torch.equal(value, before[key]) for key, value in adapter.state_dict().items())
-    monkeypatch.setattr("tta.engine.measure_cost", lambda adapter, images: 2.05)
+    monkeypatch.setattr("tta.online.measure_cost", lambda adapter, images: 2.05)
     result = tta.evaluate(adapter, corrupted(protocol="budget"), progress=False)
     assert result.manifest["cost"] == 2.05
     assert result.manifest["paused_batches"] == 4  # of 9: a twentieth above 2 is noise
@@ -590,7 +591,7 @@ def test_a_method_that_costs_more_is_measured_so(cnn, monkeypatch):
         now[0] += 1
 
     cnn.register_forward_hook(a_second)
-    monkeypatch.setattr("tta.engine.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tta.online.time.perf_counter", lambda: now[0])
     assert measure_cost(tta.adapt(cnn, Slow), torch.rand(8, 3, 32, 32)) == 20
 
 

@@ -43,8 +43,9 @@ def plain_sar(model, batches, *, lr, margin, threshold, rho, recovery, momentum=
     average = None
 
     def forward(x):
-        for index, layer in enumerate(model):
-            x = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True) if index == 4 else layer(x)
+        for layer in model:
+            batch = isinstance(layer, nn.BatchNorm2d)
+            x = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True) if batch else layer(x)
         return x
 
     def entropies(logits):
@@ -101,6 +102,20 @@ def test_recomputed_plainly(model, batches, margin, threshold, recovery, recover
         torch.testing.assert_close(adapter(x), logits, atol=2e-5, rtol=1e-4)
     assert (margin < 9) == any(kept < len(batches[0]) for _, _, kept in seen)
     assert sum(recovered for _, recovered, _ in seen) == recoveries
+
+
+def test_without_batch_norm_the_second_forward_is_of_the_reliable_samples_only(model, batches):
+    model[4] = nn.GroupNorm(2, 8).eval()
+    settings = {"lr": 0.5, "rho": 0.3, "recovery": "full"}
+    adapter = tta.adapt(model, "sar", margin_e0=1.5, reset_constant=0.0, **settings)
+    images = []
+    adapter.model.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
+    for x, (logits, _, _) in zip(
+        batches, plain_sar(model, batches, margin=1.5, threshold=0.0, **settings), strict=True
+    ):
+        torch.testing.assert_close(adapter(x), logits, atol=2e-5, rtol=1e-4)
+    assert len(images) == 2 * len(batches)
+    assert any(0 < count < len(batches[0]) for count in images[1::2])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

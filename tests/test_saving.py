@@ -1,10 +1,12 @@
 """Saved adapters: whole or not at all, with an identity; and threads that share an adapter."""
 
+import json
 import os
 import threading
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tta
@@ -78,6 +80,78 @@ def test_files_that_hold_something_else_are_named(cnn, images, tmp_path):
         cnn.fc.weight.add_(1)
     with pytest.raises(ValueError, match=r"whole\.safetensors' does not fit this model: .*source weights"):
         tta.load(tmp_path / "whole.safetensors", cnn)
+
+
+def with_header(change):
+    """A damage: the JSON text of a state after ``change`` of the object, or the bytes given."""
+
+    def damage(state):
+        header = json.loads(bytes(state["adapter_state"].tolist()))
+        text = change if isinstance(change, bytes) else json.dumps({**header, **change}).encode()
+        return {**state, "adapter_state": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+    return damage
+
+
+def replaced(name, value):
+    return lambda state: {**state, name: value(state[name]) if callable(value) else value}
+
+
+def without(name):
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+DAMAGES = [
+    (with_header(b"{nothing"), "is no JSON text"),
+    (with_header(b"[1]"), "holds a list, where an object was expected"),
+    (with_header({"format": 99}), "format 99 there, 2 here"),
+    (with_header({"method": 3}), "lacks method, or holds something else"),
+    (with_header({"method": "tnet"}), "Did you mean 'tent'"),
+    (with_header({"config": None}), "lacks config"),
+    (with_header({"config": {"lrr": 1}}), "Key 'lrr' not in"),
+    (with_header({"optimizer": [1, 2]}), "lacks optimizer"),
+    (with_header({"optimizer": []}), "moments of 0 parameters; this adapter changes 14"),
+    (without("adapter_state"), "no 'adapter_state'"),
+    (without("generator"), "random generator is .* the state holds none"),
+    (replaced("generator", lambda state: state.float()), r"the state holds torch\.float32"),
+    (without("model.fc.bias"), "Missing key"),
+    (replaced("model.extra", torch.zeros(2)), "Unexpected key"),
+    (replaced("model.fc.bias", torch.zeros(3)), "size mismatch"),
+    (replaced("model.fc.bias", lambda bias: bias.long()), r"fc\.bias torch\.int64 there, torch\.float32 here"),
+    (replaced("_counters", lambda counters: counters.float()), "_counters torch.float32 there, torch.int64 here"),
+    (replaced("optimizer.0.exp_avg", torch.zeros(3)), r"exp_avg of parameter 0 is torch\.float32 of shape \(3,\)"),
+    (replaced("optimizer.0.exp_avg", lambda moment: moment.long()), r"parameter 0 is torch\.int64"),
+    (without("optimizer.0.exp_avg"), "parameter 0 are exp_avg_sq, step; Adam has exp_avg, exp_avg_sq, step"),
+    (replaced("optimizer.99.exp_avg", torch.zeros(3)), "Unexpected key"),
+    (without("memory.samples"), "memory.samples' holds 64 floating-point samples; the state has none"),
+    (replaced("memory.samples", torch.zeros(3, 3)), r"the state has torch\.float32 of shape \(3, 3\)"),
+    (replaced("memory.samples", lambda samples: samples.long()), r"the state has torch\.int64"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[message for _, message in DAMAGES])
+def test_a_damaged_state_is_a_sentence_that_names_the_file(cnn, images, tmp_path, damage, message):
+    adapter = tta.adapt(cnn, "rotta", update_frequency=8)
+    adapter(images)
+    state = {name: value.contiguous() for name, value in damage(adapter.state_dict()).items()}
+    save_file(state, tmp_path / "damaged.safetensors")
+    with pytest.raises(ValueError, match=rf"(?s)damaged\.safetensors' .*{message}"):
+        tta.load(tmp_path / "damaged.safetensors", cnn)
+
+
+@pytest.mark.parametrize("entries", ["{nothing", "[3]", "[]"])
+def test_damaged_source_statistics_are_a_sentence_that_names_the_file(cnn, images, tmp_path, entries):
+    tta.adapt(cnn, "eata", source=images).save(tmp_path / "whole.safetensors")
+    state = load_file(tmp_path / "whole.safetensors")
+    save_file(state, tmp_path / "damaged.safetensors", {"statistics": entries})
+    with pytest.raises(ValueError, match=r"damaged\.safetensors' does not"):
+        tta.load(tmp_path / "damaged.safetensors", cnn)
+    with safe_open(tmp_path / "whole.safetensors", "pt") as file:
+        facts = file.metadata()
+    del state["source_statistics.0.layer1.bn1.bias"]
+    save_file(state, tmp_path / "damaged.safetensors", facts)
+    with pytest.raises(ValueError, match=r"damaged\.safetensors' is damaged: it lacks 'layer1\.bn1\.bias'"):
+        tta.load(tmp_path / "damaged.safetensors", cnn)
 
 
 def test_a_save_that_fails_leaves_the_file_of_before(cnn, images, tmp_path, monkeypatch):

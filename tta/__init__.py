@@ -13,20 +13,24 @@ if TYPE_CHECKING:
     from tta.benchmark import bench, tune
     from tta.datasets.catalog import stream
     from tta.engine import evaluate
+    from tta.guard import Guard
     from tta.methods import adapt, load
     from tta.methods import available as list_methods
     from tta.models import load_model, preflight
     from tta.report import compare
     from tta.results import Result
     from tta.source import SourceStatistics
+    from tta.towers import TwoTowers
 
 _HOME = {
     "Adapter": ("tta.adapter", "Adapter"),
     "Config": ("tta.adapter", "Config"),
+    "Guard": ("tta.guard", "Guard"),
     "OptimizerConfig": ("tta.adapter", "OptimizerConfig"),
     "Output": ("tta.adapter", "Output"),
     "Result": ("tta.results", "Result"),
     "SourceStatistics": ("tta.source", "SourceStatistics"),
+    "TwoTowers": ("tta.towers", "TwoTowers"),
     "adapt": ("tta.methods", "adapt"),
     "bench": ("tta.benchmark", "bench"),
     "compare": ("tta.report", "compare"),
@@ -43,10 +47,12 @@ _PACKAGES = ("configs", "datasets", "methods")
 __all__ = [
     "Adapter",
     "Config",
+    "Guard",
     "OptimizerConfig",
     "Output",
     "Result",
     "SourceStatistics",
+    "TwoTowers",
     "adapt",
     "bench",
     "compare",

@@ -1,17 +1,23 @@
 """Augmented views of image batches, as tensors."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tta import compiling
 from tta.messages import require
 
 # A method's dataclass declares its field ``augment`` as Any, as OmegaConf has no type for a callable, and calls check().
-Augment: TypeAlias = Literal["paper", "none"] | Callable[[Tensor], Tensor]
+# A view alone moves no pixel, as far as a map is concerned; one that does comes with a function that moves its logits back.
+View: TypeAlias = Tensor | tuple[Tensor, Callable[[Tensor], Tensor]]
+Augment: TypeAlias = Literal["paper", "none", "scales"] | Callable[[Tensor], View]
+
+SCALES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of the sides of a picture, see `scaled`
 
 LUMA = (0.2989, 0.587, 0.114)
 BLUR = 2  # half the width of the Gaussian kernel, 5 pixels
@@ -167,6 +173,40 @@ def flipped(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(_chance(0.5, images, generator), images.flip(3), images)
 
 
+def cropped(images: Tensor, generator: torch.Generator, share: float = 0.125) -> Tensor:
+    """The images, each shifted by up to ``share`` of its sides, with zeros beyond the edge: a padded random crop.
+
+    Of 32 pixels an eighth is 4, the crop that networks for CIFAR are trained with.
+
+    Args:
+        images: (batch, channels, height, width).
+        generator: on the CPU; all draws come from it.
+        share: in [0, 1).
+    """
+    height, width = images.shape[2:]
+    down, right = round(share * height), round(share * width)
+    padded = F.pad(images, (right, right, down, down))
+    rows = torch.randint(2 * down + 1, (len(images), 1), generator=generator) + torch.arange(height)
+    columns = torch.randint(2 * right + 1, (len(images), 1), generator=generator) + torch.arange(width)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    lines = padded.gather(2, rows[:, None, :, None].expand(-1, images.shape[1], -1, padded.shape[3]))
+    return lines.gather(3, columns[:, None, None, :].expand(-1, images.shape[1], height, -1))
+
+
+def training_view(images: Tensor, choice: str, generator: torch.Generator) -> Tensor:
+    """A view of each image as networks are trained on: ``"crop"`` is :func:`cropped`, ``"paper"`` also mirrored, ``"none"`` the image.
+
+    Args:
+        images: (batch, channels, height, width).
+        choice: one of the three.
+        generator: on the CPU; all draws come from it.
+    """
+    if choice == "none":
+        return images
+    made = cropped(images, generator)
+    return flipped(made, generator) if choice == "paper" else made
+
+
 def moco_view(images: Tensor, generator: torch.Generator) -> Tensor:
     """A view of a batch as MoCo v2 makes it, without its crop: colours, grey, blur, flip, drawn for each image.
 
@@ -228,11 +268,61 @@ def _blurred_each(images: Tensor, sigma: Tensor, half: int = 6) -> Tensor:
     return x.view_as(images)
 
 
-def augmentation(choice: Augment, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Tensor]:
+def rescaled(
+    images: Tensor, size: tuple[int, int], flip: bool | Tensor = False, *, align_corners: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A view of a batch at another size, mirrored or not, and the function that moves its maps back; both bilinear.
+
+    Args:
+        images: (batch, channels, height, width).
+        size: rows and columns of the view.
+        flip: mirror left and right: all images, or those of a mask (batch,).
+        align_corners: as of :func:`torch.nn.functional.interpolate`.
+
+    Returns:
+        The view, (batch, channels, *size), and a function from maps (batch, classes, *size) to (batch, classes, height, width)
+        that raises a ValueError for anything but maps.
+    """
+    which = torch.as_tensor(flip, device=images.device).expand(len(images))[:, None, None, None]
+
+    def resized(x: Tensor, to: Sequence[int]) -> Tensor:
+        return F.interpolate(x, size=tuple(to), mode="bilinear", align_corners=align_corners)
+
+    def undo(maps: Tensor) -> Tensor:
+        require(maps.dim() == 4, f"logits of shape {tuple(maps.shape)} for views of other sizes", "maps (segmentation)")
+        return resized(torch.where(which, maps.flip(3), maps), images.shape[2:])
+
+    return resized(torch.where(which, images.flip(3), images), size), undo
+
+
+def scaled(generator: torch.Generator) -> Callable[[Tensor], View]:
+    """A function whose first call gives the batch itself, each further one a view at the next of :data:`SCALES`, and so on.
+
+    Each image of a view is mirrored with probability 0.5. So the segmentation code of Marsden et al. (WACV 2024) makes
+    the views of CoTTA; corners are aligned.
+    """
+    calls = itertools.cycle((None, *SCALES))
+
+    def view(images: Tensor) -> View:
+        scale = next(calls)
+        if scale is None:
+            return images
+        size = int(scale * images.shape[2]), int(scale * images.shape[3])
+        return rescaled(images, size, _chance(0.5, images, generator).flatten(), align_corners=True)
+
+    return view
+
+
+def number(choice: Augment, views: int) -> int:
+    """Number of views that are averaged: ``views``, but for ``"scales"``, which has one a scale and the batch itself."""
+    return 1 + len(SCALES) if choice == "scales" else views
+
+
+def augmentation(choice: Augment, generator: torch.Generator, *, sharp: bool = False) -> Callable[[Tensor], Any]:
     """A function that makes one random view of a batch.
 
     Args:
-        choice: ``"paper"``, ``"none"`` (the batch itself), or a callable on a batch.
+        choice: ``"paper"``, ``"none"`` (the batch itself), ``"scales"`` (see :func:`scaled`), or a callable on a batch.
         generator: on the CPU; all random numbers of ``"paper"`` come from it. The noise is drawn on the images' device,
             by a generator seeded from this one, so that a GPU neither waits nor receives an image of noise.
         sharp: ``"paper"`` means ROID's views, without blur and noise, not CoTTA's.
@@ -241,6 +331,8 @@ def augmentation(choice: Augment, generator: torch.Generator, *, sharp: bool = F
         return choice
     if choice == "none":
         return lambda images: images
+    if choice == "scales":
+        return scaled(generator)
     if sharp:
         return lambda images: sharp_view(images, draw_factors(generator)).clamp_(0, 1)
 
@@ -253,33 +345,62 @@ def augmentation(choice: Augment, generator: torch.Generator, *, sharp: bool = F
 
 
 def averaged(
-    predict: Callable[[Tensor], Tensor], x: Tensor, view: Callable[[Tensor], Tensor], views: int, at_once: int = 1
+    predict: Callable[[Tensor], Tensor], x: Tensor, view: Callable[[Tensor], View], views: int, at_once: int = 1
 ) -> Tensor:
     """Mean of ``predict`` over random views of the batch.
 
     Args:
-        predict: (batch, ...) -> (batch, classes).
+        predict: (batch, ...) -> (batch, classes), or maps (batch, classes, height, width).
         x: the batch.
-        view: makes one random view of it, see :func:`augmentation`.
+        view: makes one random view of it, see :func:`augmentation`; or a pair of a view and the function that moves its maps
+            back to where the pixels of the batch are.
         views: number of views.
-        at_once: views that share a forward, each with batch statistics of its own: the mean is the same.
+        at_once: views that share a forward, each with batch statistics of its own: the mean is the same. Pairs go one by one.
 
     Returns:
-        (batch, classes).
+        (batch, classes), or maps.
     """
     sums = []
     for start in range(0, views, at_once):
-        number = min(at_once, views - start)
-        if number == 1:
-            sums.append(predict(view(x)))
-        else:  # vmap: each view keeps batch statistics of its own
-            sums.append(torch.vmap(predict)(torch.stack([view(x) for _ in range(number)])).sum(0))
+        made = [view(x) for _ in range(min(at_once, views - start))]
+        together = [v for v in made if isinstance(v, Tensor)]
+        if len(made) == len(together) > 1:  # vmap: each view keeps batch statistics of its own
+            with compiling.eagerly():
+                sums.append(torch.vmap(predict)(torch.stack(together)).sum(0))
+        else:
+            sums += [_moved_back(predict, v, x) for v in made]
     return torch.stack(sums).sum(0) / views
 
 
-def check(choice: Any) -> None:
-    """Raise a ValueError unless :func:`augmentation` takes the ``augment`` of a method's hyper-parameters."""
-    require(callable(choice) or choice in ("paper", "none"), f"augment={choice!r}", "'paper', 'none' or a callable")
+def _moved_back(predict: Callable[[Tensor], Tensor], view: View, x: Tensor) -> Tensor:
+    """The prediction of a view, a map of it where the pixels of the batch are.
+
+    Raises:
+        ValueError: the map of a view without an undo has another size than the batch.
+    """
+    if not isinstance(view, Tensor):
+        images, undo = view
+        return undo(predict(images))
+    found = predict(view)
+    moved = found.dim() == 4 and found.shape[2:] != x.shape[2:]
+    require(
+        not moved,
+        f"a view of size {tuple(view.shape[2:])} without its undo",
+        "views of the batch's size, or (view, undo)",
+    )
+    return found
+
+
+def check(choice: Any, *, scales: bool = False) -> None:
+    """Raise a ValueError unless :func:`augmentation` takes the ``augment`` of a method's hyper-parameters.
+
+    Args:
+        choice: as given.
+        scales: whether the method takes ``"scales"`` too.
+    """
+    known = ("paper", "none", "scales") if scales else ("paper", "none")
+    expected = f"{', '.join(map(repr, known))} or a callable"
+    require(callable(choice) or choice in known, f"augment={choice!r}", expected)
 
 
 def generator_on(device: torch.device, seeded_by: torch.Generator) -> torch.Generator:

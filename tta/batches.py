@@ -22,7 +22,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
             Hugging Face: ``pixel_values``, ``images``, ``image`` or ``img``, and ``labels`` or ``label``.
 
     Returns:
-        The images as they are, and labels (batch,), int64. Labels (batch, 1) are squeezed.
+        The images as they are, and labels (batch,), int64. Labels (batch, 1) are squeezed. Masks (batch, height, width) stay.
 
     Raises:
         TypeError: none of these.
@@ -55,7 +55,8 @@ def _classes(labels: Any, name: str, count: int) -> Tensor:
         raise TypeError(f"'{name}' are a {type(labels).__name__}; expected integers of shape ({count},).") from None
     if values.dim() == 2 and values.shape[1] == 1:
         values = values[:, 0]
-    if values.shape != (count,) or values.is_floating_point() or values.is_complex():
+    masks = values.dim() == 3 and len(values) == count  # of segmentation
+    if (values.shape != (count,) and not masks) or values.is_floating_point() or values.is_complex():
         raise ValueError(
             f"'{name}' have shape {tuple(values.shape)} and dtype {values.dtype}; expected one class for each of "
             f"{count} images, integers of shape ({count},)."

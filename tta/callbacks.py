@@ -182,6 +182,8 @@ def _answer_like(answer: Any, logits: Tensor, loss: Tensor | None) -> Any:
     elif dataclasses.is_dataclass(answer):
         names = [item.name for item in dataclasses.fields(answer)]
     values = {**dict.fromkeys(names), "logits": logits, **({"loss": loss} if "loss" in names else {})}
+    if isinstance(answer, Mapping) and "out" in answer and "logits" not in answer:  # of torchvision's segmentation
+        return type(answer)({"out": logits})  # type: ignore[call-arg]  # as any dictionary
     if isinstance(answer, Mapping):  # of transformers
         return type(answer)(**{name: value for name, value in values.items() if value is not None})
     if hasattr(answer, "_replace"):
@@ -205,7 +207,7 @@ def refuse_processes(trainer: pl.Trainer, what: str) -> None:
 
 
 class SourceError(Callback):
-    """Error on the source domain before and after a run, in percent, predicted without learning.
+    """Error on the source domain before and after a run, in percent, predicted without learning; of maps that of the pixels.
 
     Args:
         stream: the source domain.
@@ -227,10 +229,16 @@ class SourceError(Callback):
         # Random numbers drawn here must not change those of the run.
         with isolate_rng(), pl_module.adapter.paused(), trainer.precision_plugin.forward_context():
             for batch in self._stream.loader(self._num_workers, pin_memory=pl_module.device.type == "cuda"):
-                images = to_float(batch.images.to(pl_module.device, non_blocking=True))
-                logits = pl_module.adapter.step(images).logits
-                record.add(logits, batch.labels, batch.domain, batch.index)
-        wrong, known = record.wrong_and_known()
+                adapter = pl_module.adapter
+                mine = Batch(*map(adapter.workers.part_of, batch))
+                images = to_float(mine.images.to(pl_module.device, non_blocking=True))
+                record.add(adapter.step(images).logits, mine.labels, mine.domain, mine.index, task=adapter.task)
+        if not record.task.of_classes:
+            raise ValueError(
+                f"The error on clean images is of classes; it does not serve task='{record.task.name}'. Leave clean= out."
+            )
+        counts = pl_module.adapter.workers.objects(record.wrong_and_known())
+        wrong, known = (sum(column) for column in zip(*counts, strict=True))
         return 100.0 * wrong / known if known else math.nan
 
 
@@ -251,10 +259,14 @@ class Consistency(Callback):
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         adapter, images = pl_module.adapter, batch.images
+        if adapter.task.name != "classification":
+            raise ValueError(
+                f"The consistency of a shifted image is that of its class; it does not serve {adapter.task.name}."
+            )
         by = max(1, images.shape[-1] // 16)
         shifted = nn.functional.pad(images, (by, 0, by, 0), mode="reflect")[..., : images.shape[-2], : images.shape[-1]]
         pl_module.passes.detach()
         with isolate_rng(), adapter.paused(), trainer.precision_plugin.forward_context():
             seen, moved = (adapter.step(view).logits.argmax(1) for view in (images, shifted))
         pl_module.passes.attach(adapter)
-        self._alike.append(seen == moved)
+        self._alike.append(adapter.workers.gathered(seen == moved)[0])

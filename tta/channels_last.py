@@ -41,13 +41,47 @@ class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        one_value = x.numel() == x.shape[1]  # has no variance: nn.BatchNorm2d raises the error
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.stride(1) != 1 or self.weight is None or one_value:
-            return super().forward(x)
-        if _is_traced():
-            return super().forward(x)
-        out: Tensor = _NormaliseRows.apply(x, self.weight, self.bias, self.eps)[0]
-        return out
+        return normalised(x, self)[0] if in_rows(x, self) else super().forward(x)
+
+
+def in_rows(x: Tensor, layer: nn.BatchNorm2d) -> bool:
+    """Whether :func:`normalised` serves the input of a layer: float32 and channels last on a CPU, more than one value a channel."""
+    return _has_rows(x) and layer.weight is not None and not _is_traced()
+
+
+def _has_rows(x: Tensor) -> bool:
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and x.stride(1) == 1
+    return fits and x.numel() > x.shape[1]  # one value has no variance: nn.BatchNorm2d raises the error
+
+
+def normalised(x: Tensor, layer: nn.BatchNorm2d, share: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise a batch by a blend of its own statistics, through which gradients flow, and the layer's stored ones.
+
+    Plain operations on a whole batch, one after the other, take six times as long forward and backward (ResNet-20, 64 images).
+
+    Args:
+        x: that :func:`in_rows` serves.
+        layer: gives scale and shift, and, for a share below 1, the stored statistics.
+        share: of the batch's mean and biased variance, in [0, 1].
+
+    Returns:
+        The output, and the mean and variance that it was normalised by, (channels,) each and detached.
+    """
+    stored = (None, None) if share == 1 else (layer.running_mean, layer.running_var)
+    out, mean, var, _ = _NormaliseRows.apply(x, layer.weight, layer.bias, layer.eps, *stored, share)
+    return out, mean, var
+
+
+@torch.no_grad()
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, (channels,), float32; the sums are exact and fast channels last too.
+
+    ``torch.var_mean`` reads channels-last images one value after the other: it takes 30 times as long on a CPU.
+    """
+    if not _has_rows(x) or _is_traced():
+        var, mean = torch.var_mean(x.float(), dim=[d for d in range(x.dim()) if d != 1], correction=0)
+        return mean, var
+    return _moments(*_wide(x))
 
 
 def _is_traced() -> bool:
@@ -57,35 +91,45 @@ def _is_traced() -> bool:
 
 
 class _NormaliseRows(torch.autograd.Function):
-    """``F.batch_norm`` by the batch, on images that are viewed as fewer pixels with more channels.
+    """``F.batch_norm`` by the batch, or by a blend with stored statistics, on images that are viewed as fewer pixels with more channels.
 
     ``k`` consecutive pixels count as one pixel with ``k`` times the channels. PyTorch's channels-last kernels then sum
     ``1 / k`` of the values one after the other, and the ``k`` sums of a channel are added here.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        stored_mean: Tensor | None,
+        stored_var: Tensor | None,
+        share: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide, k = _wide(x)
-        means, variances = (part.view(k, -1) for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
-        mean = means.mean(0)
-        var = variances.mean(0) + (means - mean).square().mean(0)
+        own, var = _moments(wide, k)
+        mean = own.clone()  # an output of its own
+        if stored_mean is not None and stored_var is not None:
+            mean = (1 - share) * stored_mean + share * own
+            var = (1 - share) * stored_var + share * var
         gain = weight * (var + eps).rsqrt()
         # Written through a view, but not returned as one: autograd forbids in-place activations on a view that a custom
         # function returns.
         out = torch.empty_like(x, memory_format=torch.channels_last)
         torch.addcmul(_repeated(bias - mean * gain, k), wide, _repeated(gain, k), out=_wide(out)[0])
-        return out, mean, var
+        return out, mean, var, own
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, ctx.eps = inputs
-        _, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(x, weight, mean, var)
+        x, weight, _, ctx.eps, _, _, ctx.share = inputs
+        _, *statistics = output
+        ctx.mark_non_differentiable(*statistics)
+        ctx.save_for_backward(x, weight, *statistics)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
+        x, weight, mean, var, own = ctx.saved_tensors
         wide, k = _wide(x)
         of_out, _ = _wide(gradients[0])
         # With given statistics the kernel returns both sums in one pass; the gradient through the statistics is added here.
@@ -93,14 +137,16 @@ class _NormaliseRows(torch.autograd.Function):
             of_out, wide, None, mean.repeat(k), var.repeat(k), None, None, False, ctx.eps, [False, True, True]
         )
         of_weight, of_bias = (part.view(k, -1).sum(0) for part in sums)
+        if not ctx.needs_input_grad[0]:  # the input is an image
+            return None, of_weight, of_bias, None, None, None, None
         scale = (var + ctx.eps).rsqrt()
         gain, count = weight * scale, x.numel() // len(mean)
-        slope = gain * scale * of_weight / -count
-        offset = gain * of_bias / -count - slope * mean
+        slope = gain * scale * of_weight * (ctx.share / -count)
+        offset = gain * of_bias * (ctx.share / -count) - slope * own
         of_x = torch.empty_like(x, memory_format=torch.channels_last)
         torch.addcmul(_repeated(offset, k), wide, _repeated(slope, k), out=_wide(of_x)[0])
         _wide(of_x)[0].addcmul_(of_out, _repeated(gain, k))
-        return of_x, of_weight, of_bias, None
+        return of_x, of_weight, of_bias, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -114,6 +160,13 @@ class _NormaliseRows(torch.autograd.Function):
         )
         outputs = [torch.stack(parts) for parts in zip(*(_NormaliseRows.apply(*one) for one in each), strict=True)]
         return tuple(outputs), (0,) * len(outputs)
+
+
+def _moments(wide: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel from ``k`` sums of each."""
+    means, variances = (part.view(k, -1) for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
 WIDE = 2048  # number of channels at which the kernels reach their full speed

@@ -8,12 +8,22 @@ from torch import Tensor, nn
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model, in its present state, whose parameters get no gradient: the initial teacher."""
-    return copy.deepcopy(model).requires_grad_(False)
+    """A copy of the model, in its present state, whose parameters get no gradient: the initial teacher.
+
+    Parameters that the model does not learn either are not copied: they stay one set. To be called when it is settled which
+    ones it learns.
+    """
+    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, frozen).requires_grad_(False)
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy that has the model's own parameters, which stay one set, and buffers (statistics) of its own."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, share: float, when: Tensor) -> None:
+def follow(teacher: nn.Module, student: nn.Module, share: float | Tensor, when: Tensor) -> None:
     """Move the teacher towards the student: ``teacher = (1 - share) * teacher + share * student``.
 
     Only parameters that the student learns move, never buffers: all others are the same in both.
@@ -21,7 +31,7 @@ def follow(teacher: nn.Module, student: nn.Module, share: float, when: Tensor) -
     Args:
         teacher: a :func:`frozen_copy` of the student.
         student: what it was copied from.
-        share: of the student, in [0, 1].
+        share: of the student, in [0, 1]; a scalar.
         when: boolean scalar, may be on a GPU; if false the teacher stays as it is.
     """
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)

@@ -1,7 +1,7 @@
 """Pure functions of logits and activations that several methods share."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,14 @@ LARGEST = 1e5  # of a pixel that may be learned from: images of 16 bits reach 65
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits (batch, classes), float32, from the output of a model: the tensor itself or its ``.logits``.
+    """Logits, float32, from the output of a model: the tensor itself or its ``.logits``.
+
+    Returns:
+        (batch, classes); (batch, classes, height, width) of a model that predicts maps, see :mod:`tta.tasks`.
 
     Raises:
         TypeError: neither a tensor nor an object with ``.logits``.
-        ValueError: not one row of logits per image.
+        ValueError: neither one row of logits per image nor a map of them.
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
@@ -24,9 +27,24 @@ def logits_of(output: Any) -> Tensor:
             f"The model returned {type(output).__name__}; expected logits (batch, classes) or an object with .logits. "
             "Wrap the model in a module whose forward returns the logits."
         )
-    if logits.dim() != 2:
+    if logits.dim() not in (2, 4) or logits.shape[2:] == (1, 1):  # a classifier that forgot to flatten makes no map
         raise ValueError(f"The model returned a tensor of shape {tuple(logits.shape)}; expected (batch, classes).")
     return logits.float()
+
+
+def rows(logits: Tensor) -> Tensor:
+    """One row of logits for each prediction: those of every position of a map, in the order of images, then positions.
+
+    A method whose rule is one of samples thereby takes the pixels of a map as its samples. Logits (batch, classes) are returned
+    as they are, the tensor itself.
+
+    Args:
+        logits: (batch, classes, *positions).
+
+    Returns:
+        (batch * positions, classes); of maps stored class by class, as :func:`entropy` is fastest.
+    """
+    return logits if logits.dim() == 2 else logits.movedim(1, 0).flatten(1).t()
 
 
 def usable(x: Tensor) -> Tensor:
@@ -38,23 +56,57 @@ def usable(x: Tensor) -> Tensor:
     return (low >= -LARGEST) & (high <= LARGEST)  # NaN is neither
 
 
+def plain_images(x: Tensor) -> Tensor:
+    """The images themselves of a batch that may bring views of them: (batch, views, 3, height, width) -> the first of each."""
+    return x[:, 0] if x.dim() == 5 else x
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of the predicted distribution of each sample, in nats.
 
     Computed in float32 through ``log_softmax``, so that it stays finite where ``softmax * log(softmax)`` would not.
 
     Args:
-        logits: (batch, classes), any floating dtype.
+        logits: (batch, classes), or maps (batch, classes, *positions); any floating dtype.
 
     Returns:
-        (batch,), float32, between 0 and ln(classes).
+        (batch,), or (batch, *positions); float32, between 0 and ln(classes).
     """
     logits = logits.float()
+    if logits.dim() == 2 and len(logits) > 1 and logits.stride() == (1, len(logits)):
+        # Pixels stored class by class: a softmax within rows of few classes takes eight times as long on a CPU.
+        by_class = logits.t()
+        return -(by_class.softmax(dim=0) * by_class.log_softmax(dim=0)).sum(dim=0)
     return -(logits.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
 
 
+def opinion_entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy, in nats, of an opinion on each sample: belief in each class, and a rest that believes in none.
+
+    Logits are logarithms of evidence: belief and rest are the softmax of the logits and ln(classes). Where all logits are
+    low, the rest takes nearly all, and minimising it does not make a class sure. The length of the logits is held, so that
+    their direction alone is learned: a longer vector would be surer without being righter. Finite for any logits (the
+    released code, which exponentiates, is not above 88).
+
+    Zhang et al., "COME: Test-time Adaption by Conservatively Minimizing Entropy", ICLR 2025.
+
+    Args:
+        logits: (batch, classes), any floating dtype.
+
+    Returns:
+        (batch,), float32, between 0 and ln(classes + 1).
+    """
+    logits = logits.float()
+    held = F.normalize(logits, dim=1) * logits.detach().norm(dim=1, keepdim=True)
+    rest = torch.full_like(held[:, :1], math.log(logits.shape[1]))
+    return entropy(torch.cat([held, rest], dim=1))
+
+
+ENTROPIES: Mapping[str, Callable[[Tensor], Tensor]] = {"entropy": entropy, "come": opinion_entropy}
+
+
 def confidence(logits: Tensor) -> Tensor:
-    """Largest predicted probability of each sample: (batch, classes) -> (batch,), float32."""
+    """Largest predicted probability of each sample: (batch, classes, ...) -> (batch, ...), float32."""
     return logits.float().softmax(dim=1).amax(dim=1)
 
 
@@ -191,9 +243,19 @@ def followed(average: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
     Returns:
         (classes,).
     """
-    new = masked_mean(probabilities, chosen)
+    return moved_towards(average, masked_mean(probabilities, chosen), when=chosen.any())
+
+
+def moved_towards(average: Tensor, new: Tensor, when: Tensor) -> Tensor:
+    """The average prediction of :func:`followed` after a batch, from the mean of the predictions chosen from it.
+
+    Args:
+        average: (classes,); zeros if there is none yet: ``new`` replaces them.
+        new: (classes,).
+        when: a boolean scalar, whether any prediction was chosen; the average stays as it is if not.
+    """
     blended = torch.where(average.any(), 0.9 * average + 0.1 * new, new)
-    return torch.where(chosen.any(), blended, average)
+    return torch.where(when, blended, average)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -83,5 +83,7 @@ def _with(stream: Stream, plans: Sequence[Plan], joining: set[int]) -> Stream:
         protocol=stream.protocol,
         reset=stream.reset,
         settings=stream.settings,
-        schedule=Schedule(stream.order, tuple(lengths), stream.batch_size, tuple(paused), stream.cost),
+        schedule=Schedule(
+            stream.order, tuple(lengths), stream.batch_size, tuple(paused), stream.cost, asked=stream.asked
+        ),
     )

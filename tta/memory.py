@@ -3,10 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tta.distributed import ALONE, Workers
 from tta.functional import matmul
 
 
@@ -37,6 +39,7 @@ class Bank(nn.Module):
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
+        self.workers: Workers = ALONE
         self.register_buffer("labels", torch.full((capacity,), -1))
         self.register_buffer("offered", torch.zeros((), dtype=torch.int64))
         self.register_buffer("samples", None)
@@ -50,18 +53,32 @@ class Bank(nn.Module):
     def __len__(self) -> int:
         return int((self.labels >= 0).sum())
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, unless the samples cannot be those of this bank."""
+        samples, labels = state_dict.get(f"{prefix}samples"), state_dict.get(f"{prefix}labels")
+        if samples is None:
+            fits = labels is None or not (labels >= 0).any()
+        else:
+            fits = samples.dim() > 1 and len(samples) == len(self.labels) and samples.is_floating_point()
+        if not fits:
+            given = "none" if samples is None else f"{samples.dtype} of shape {tuple(samples.shape)}"
+            raise ValueError(
+                f"The memory '{prefix}samples' holds {len(self.labels)} floating-point samples; the state has {given}."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def check(self, samples: Tensor) -> None:
         """Raise a ValueError unless the samples have the size of those held; to be called before anything is learned."""
         check_size(self.samples, samples)
 
     def _put(self, samples: Tensor, newcomers: dict[int, int]) -> None:
-        """Copy rows of a batch into slots; ``newcomers`` maps slot to row."""
+        """Copy rows of a batch, of all workers, into slots; ``newcomers`` maps slot to row."""
         samples = samples.detach()
         if self.samples is None:
             self.samples = samples.new_zeros(len(self.labels), *samples.shape[1:])
         samples = samples.to(self.samples.dtype)
         rows = torch.tensor([list(newcomers.keys()), list(newcomers.values())], dtype=torch.int64).to(samples.device)
-        self.samples[rows[0]] = samples[rows[1]]
+        self.samples[rows[0]] = self.workers.picked(samples, rows[1])
 
 
 class BalancedMemory(Bank):
@@ -93,9 +110,9 @@ class BalancedMemory(Bank):
         """Offer samples in order, each by the rule above.
 
         Args:
-            samples: (batch, ...).
-            labels: (batch,) predicted classes, on the CPU.
-            uncertainties: (batch,) entropies, nats, on the CPU.
+            samples: (batch, ...); of several workers each offers its own.
+            labels: (batch,) predicted classes, of all workers, on the CPU.
+            uncertainties: (batch,) entropies, nats, of all workers, on the CPU.
             classes: number of classes, 2 or more.
 
         Raises:
@@ -201,7 +218,7 @@ class PredictionBalancedReservoir(Bank):
                 largest = sorted(other for other, held in count.items() if held == most)
                 if label not in largest:
                     loser = largest[draw(len(largest))]
-                elif draw(offered_of[label]) < most:
+                elif self._enters(most, offered_of[label], draw):
                     loser = label
                 else:
                     continue
@@ -217,14 +234,50 @@ class PredictionBalancedReservoir(Bank):
         self._put(samples, newcomers)
         self.offered += len(labels)
         self.of_class = torch.tensor(offered_of)
-        taken = torch.tensor(list(slots), dtype=torch.int64)
-        self.labels[taken] = torch.tensor([label for label, _ in slots.values()])
-        self.arrivals[taken] = torch.tensor([arrived for _, arrived in slots.values()])
+        taken, held, arrived = torch.tensor([(s, *book) for s, book in slots.items()], dtype=torch.int64).view(-1, 3).T
+        self.labels[taken], self.arrivals[taken] = held, arrived
 
     def contents(self) -> Tensor:
         """The samples, (number held, ...)."""
         assert self.samples is not None, "contents() of a memory that was never offered a sample"
         return self.samples[(self.labels >= 0).nonzero()[:, 0].to(self.samples.device)]
+
+    def _enters(self, held: int, offered: int, draw: Callable[[int], int]) -> bool:
+        """Whether a sample of a largest class takes the place of one of its own."""
+        return draw(offered) < held
+
+
+class UniformMemory(PredictionBalancedReservoir):
+    """A bank that takes in every sample offered, and keeps the classes balanced.
+
+    In a full bank a sample of one of the largest classes takes the place of a random one of its own, a sample of another
+    class that of a random one of a random largest class. Only what is confident should be offered: see :meth:`add_sure`.
+
+    Gong et al., "SoTTA: Robust Test-Time Adaptation on Noisy Data Streams", NeurIPS 2023.
+
+    Args:
+        capacity: number of samples.
+    """
+
+    def add_sure(self, samples: Tensor, labels: Tensor, sure: Tensor, classes: int, draw: Callable[[int], int]) -> None:
+        """Offer those samples that are sure, in order; the others count as offered too.
+
+        Args:
+            samples: (batch, ...).
+            labels: (batch,) predicted classes, on the CPU.
+            sure: (batch,), boolean, on the CPU.
+            classes: number of classes.
+            draw: a random integer from 0 to below its argument.
+
+        Raises:
+            ValueError: samples of another size than those held; nothing is changed.
+        """
+        rows = sure.nonzero()[:, 0]
+        self.add(samples[rows.to(samples.device)], labels[rows], classes, draw)
+        self.offered += len(labels) - len(rows)
+
+    def _enters(self, held: int, offered: int, draw: Callable[[int], int]) -> bool:
+        return True
 
 
 class ReplayMemory(Bank):
@@ -296,6 +349,52 @@ class ReplayMemory(Bank):
         """Class, arrival and slot of each sample, sorted."""
         books = zip(self.labels.tolist(), self.arrivals.tolist(), strict=True)
         return sorted((label, arrived, slot) for slot, (label, arrived) in enumerate(books) if label >= 0)
+
+
+class LabelledQueue(Bank):
+    """A bank of the newest samples, each with a label that it was given and a weight.
+
+    Args:
+        capacity: number of samples.
+    """
+
+    weights: Tensor  # (capacity,), float32, on the CPU
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.register_buffer("weights", torch.zeros(capacity))
+
+    def add(self, samples: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """Take in samples, in place of the oldest.
+
+        Args:
+            samples: (n, ...).
+            labels: (n,), int64, on the CPU.
+            weights: (n,), on the CPU; 1 where left out.
+
+        Raises:
+            ValueError: samples of another size than those held; nothing is changed.
+        """
+        self.check(samples)
+        capacity = len(self.labels)
+        rows = torch.arange(len(samples))[-capacity:]
+        slots = (self.offered + rows) % capacity
+        self._put(samples, dict(zip(slots.tolist(), rows.tolist(), strict=True)))
+        self.labels[slots] = labels[rows]
+        self.weights[slots] = torch.ones(len(rows)) if weights is None else weights[rows]
+        self.offered += len(samples)
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Samples (number held, ...) and labels (number held,), the oldest first, on the samples' device."""
+        assert self.samples is not None, "contents() of a memory that was never offered a sample"
+        slots = self.slots()
+        device = self.samples.device
+        return self.samples[slots.to(device)], self.labels[slots].to(device)
+
+    def slots(self) -> Tensor:
+        """The slots that hold samples, the oldest first."""
+        capacity = len(self.labels)
+        return torch.arange(max(0, int(self.offered) - capacity), int(self.offered)) % capacity
 
 
 class RunningGaussian(nn.Module):

@@ -1,8 +1,11 @@
 """Parts of messages: what was given, what was expected, the name that was probably meant; names that others chose."""
 
 import difflib
+import logging
 import unicodedata
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def require(condition: bool, given: str, expected: str) -> None:
@@ -36,3 +39,19 @@ def plain(text: str, *, lines: bool = False) -> str:
         letter if letter in kept or unicodedata.category(letter) not in UNSEEN else repr(letter)[1:-1]
         for letter in text
     )
+
+
+@contextmanager
+def trainer_silenced() -> Iterator[None]:
+    """Within this context Lightning's banners, tips and hints are not shown; errors are."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

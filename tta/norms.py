@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tta import channels_last
+from tta.distributed import ALONE, Workers
 from tta.messages import require
 
 SmallBatches: TypeAlias = Literal["blend", "source", "raise"]
@@ -54,13 +55,58 @@ def present(model: nn.Module, kinds: tuple[type[nn.Module], ...] = AFFINE_NORMS)
     found = named_layers(model, kinds)
     if not found:
         wanted = ", ".join(kind.__name__.removeprefix("_") for kind in kinds)
-        similar = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
+        others = sorted({type(layer).__name__ for _, layer in named_layers(model)})
+        unknown = sorted({type(layer).__name__ for _, layer in unknown_layers(model)})
+        derive = (
+            f"To have {', '.join(unknown)} adapted, derive the class from the layer of torch.nn that it resembles. "
+        )
         raise ValueError(
             f"{type(model).__name__} has no normalisation layer of the kinds looked for: {wanted}. "
-            + (f"It has {', '.join(similar)}. " if similar else "")
+            + (f"It has {', '.join([*others, *unknown])}. " if others or unknown else "")
+            + (
+                f"It has {len(frozen(model))} frozen BatchNorm layers: replace them by BatchNorm2d. "
+                if frozen(model)
+                else ""
+            )
+            + (derive if unknown and kinds == AFFINE_NORMS else "")
             + "Use a method that does not adapt normalisation layers, or a model that has them."
         )
     return found
+
+
+def frozen(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Frozen BatchNorm layers of torchvision and detectron2, whose statistics, scale and shift are constants, with their names."""
+    return [
+        (name, module) for name, module in model.named_modules() if type(module).__name__.startswith("FrozenBatchNorm")
+    ]
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Raise a ValueError if the model has :func:`frozen` layers, which would be passed over; it says how to thaw them."""
+    if found := frozen(model):
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} {type(found[0][1]).__name__} layers, as '{found[0][0]}': their statistics, scale "
+            "and shift are constants that nothing adapts. Pass frozen='thaw' to have them replaced by BatchNorm2d layers of the same "
+            "values, which adapt."
+        )
+
+
+def thaw(model: nn.Module) -> None:
+    """Replace :func:`frozen` layers, in place, by ``nn.BatchNorm2d`` with their values: in eval mode the outputs stay."""
+    thawed = {layer: _thawed(layer) for _, layer in frozen(model)}  # a layer used in two places stays one layer
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in thawed:
+            model.set_submodule(name, thawed[layer])
+
+
+@torch.no_grad()
+def _thawed(layer: Any) -> nn.Module:
+    """The ``nn.BatchNorm2d`` in eval mode that computes what a frozen layer does."""
+    weight = layer.weight
+    made = nn.BatchNorm2d(len(weight), eps=layer.eps, device=weight.device, dtype=weight.dtype)
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        getattr(made, part).copy_(getattr(layer, part))
+    return made.eval()
 
 
 def unknown_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -139,6 +185,17 @@ def top(model: nn.Module) -> list[str]:
     if not last:
         behind = [name for name in behind if isinstance(model.get_submodule(name), (nn.LayerNorm, nn.RMSNorm))]
     return [name for name in names if name in behind or _below(name, last)]
+
+
+def stages(model: nn.Module, most: int = 4) -> list[str]:
+    """Names of the stages or blocks that a network is a chain of, in order; of more than ``most``, the last of each part.
+
+    ``layer1`` to ``layer4`` of a ResNet-50, ``blocks.2``, ``blocks.5``, ``blocks.8`` and ``blocks.11`` of a ViT-B; none where
+    there is no chain.
+    """
+    links = list(_chain([name for name, _ in named_layers(model)]))
+    parts = min(most, len(links))
+    return [links[(part + 1) * len(links) // parts - 1] for part in range(parts)]
 
 
 def _chain(norms: Sequence[str]) -> dict[str, int]:
@@ -224,8 +281,9 @@ def training_statistics(model: nn.Module, when: Tensor | None = None) -> Iterato
     """Within this context BatchNorm layers work as in training: normalise by the batch, update the stored statistics.
 
     Each layer keeps its own momentum. Updates that are not finite are undone at the end of the context, because on a GPU
-    a bad batch is reported one batch late; if ``when``, a boolean scalar, is false, so are all. A layer without stored statistics normalises by the batch anyway. Run the
-    backward pass of an earlier forward before this context: it reads the stored statistics, which change here.
+    a bad batch is reported one batch late; if ``when``, a boolean scalar, is false, so are all. A layer without stored
+    statistics normalises by the batch anyway. Run the backward pass of an earlier forward before this context: it reads
+    the stored statistics, which change here.
     """
     layers: list[Any] = [layer for _, layer in named_layers(model, BATCH_NORMS)]
     names = ("running_mean", "running_var", "num_batches_tracked")
@@ -271,6 +329,7 @@ class BlendedBatchNorm(nn.Module):
         self.weight = weight
         self.remember = False
         self.remember_when: Tensor | None = None
+        self.workers: Workers = ALONE
 
     def train(self, mode: bool = True) -> "BlendedBatchNorm":
         """Do nothing: the wrapped layer uses the statistics it is given in every mode of the model."""
@@ -286,12 +345,24 @@ class BlendedBatchNorm(nn.Module):
     @torch.no_grad()
     def blended(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance that this input is normalised by, (channels,) each."""
-        dims = [d for d in range(x.dim()) if d != 1]
-        # One value per channel has no unbiased variance. Its biased one is 0: the source's share keeps the blend usable.
-        correction = 1 if x.numel() > x.shape[1] else 0
-        batch_var, batch_mean = torch.var_mean(x.float(), dim=dims, correction=correction)
         running_mean, running_var = self._stored()
-        return torch.lerp(running_mean, batch_mean, self.weight), torch.lerp(running_var, batch_var, self.weight)
+        batch_mean, batch_var, images = self._moments(x)
+        weight = self._weight_of(images)
+        return torch.lerp(running_mean, batch_mean, weight), torch.lerp(running_var, batch_var, weight)
+
+    def _weight_of(self, images: float | Tensor) -> float | Tensor:
+        """Weight of the statistics of a batch of so many images, of all workers."""
+        return self.weight
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Mean and unbiased variance of each channel over all workers' images, and the number of images."""
+        if self.workers.size > 1:
+            mean, var, count = self.workers.moments(x)
+            return mean, var * (count / (count - 1).clamp(min=1)), count / x[0, 0].numel()
+        mean, var = channels_last.moments(x)
+        # One value per channel has no unbiased variance. Its biased one is 0: the source's share keeps the blend usable.
+        values = x.numel() // x.shape[1]
+        return mean, var * (values / max(values - 1, 1)), len(x)
 
     @torch.no_grad()
     def _store(self, mean: Tensor, var: Tensor) -> None:
@@ -334,11 +405,11 @@ class SmallBatchNorm(BlendedBatchNorm):
         super().__init__(layer, 0.0)
         self.prior = prior
 
-    @torch.no_grad()
-    def blended(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance that this input is normalised by, (channels,) each."""
-        self.weight = len(x) / (len(x) + self.prior) if self.prior < math.inf else float(len(x) >= SMALL_BATCH)
-        return super().blended(x)
+    def _weight_of(self, images: float | Tensor) -> float | Tensor:
+        if self.prior < math.inf:
+            return images / (images + self.prior)
+        enough = images >= SMALL_BATCH
+        return enough.float() if isinstance(enough, Tensor) else float(enough)
 
 
 def serve_small_batches(
@@ -379,6 +450,10 @@ class RobustBatchNorm(BlendedBatchNorm):
         if not self.remember:
             out: Tensor = self.layer(x)
             return out
+        if type(self.layer) is nn.BatchNorm2d and channels_last.in_rows(x, self.layer):
+            out, mean, var = channels_last.normalised(x, self.layer, self.weight)
+            self._store(mean, var)
+            return out
         values = x.float()
         batch_var, batch_mean = torch.var_mean(values, dim=[d for d in range(x.dim()) if d != 1], correction=0)
         running_mean, running_var = self._stored()
@@ -399,20 +474,26 @@ class MovingBatchNorm(BlendedBatchNorm):
         if not self.remember:
             out: Tensor = self.layer(x)
             return out
+        count = x.numel() / x.shape[1]
+        if type(self.layer) is nn.BatchNorm2d and channels_last.in_rows(x, self.layer):
+            out, mean, var = channels_last.normalised(x, self.layer)
+            self._follow(mean, var * (count / (count - 1)))
+            return out
         values = x.float()
         mean, var = self._take_in(values)
-        count = values.numel() / values.shape[1]
         return self._scaled((values - mean) / (var * ((count - 1) / count) + self.layer.eps).sqrt(), x.dtype)
 
     def _take_in(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance of the batch, (1, channels, 1, ...); the stored ones move towards them."""
         dims = [d for d in range(values.dim()) if d != 1]
         var, mean = torch.var_mean(values, dim=dims, keepdim=True)
-        running_mean, running_var = self._stored()
-        self._store(
-            torch.lerp(running_mean, mean.flatten(), self.weight), torch.lerp(running_var, var.flatten(), self.weight)
-        )
+        self._follow(mean.flatten(), var.flatten())
         return mean, var
+
+    def _follow(self, mean: Tensor, var: Tensor) -> None:
+        """Move the stored statistics towards those of a batch."""
+        running_mean, running_var = self._stored()
+        self._store(torch.lerp(running_mean, mean, self.weight), torch.lerp(running_var, var, self.weight))
 
 
 class InstanceAwareBatchNorm(MovingBatchNorm):

@@ -1,5 +1,6 @@
 """The progress bar of the engine."""
 
+import math
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from tta.messages import plain
 
 
 class OnlineProgress(ProgressBar):
-    """A progress bar with the domain, the online error so far and images/s, refreshed at most 4 times a second."""
+    """A progress bar with the domain, the score so far (the online error) and images/s, refreshed at most 4 times a second."""
 
     REFRESH_SECONDS = 0.25
 
@@ -39,13 +40,14 @@ class OnlineProgress(ProgressBar):
         if now - self._refreshed < self.REFRESH_SECONDS:
             return
         self._refreshed = now
-        wrong, known = pl_module.wrong_and_known()
-        error = f"{100 * wrong / known:.1f} %" if known else "-"
+        score = pl_module.score()
+        task = pl_module.task
+        value = "-" if math.isnan(score.value) else f"{task.shown(score.value)} {task.unit}".strip()
         self._bar.update(
             self._task,
             completed=batch_idx + 1,
             description=escape(plain(self._stream.domains[int(batch.domain[0])].name)),
-            status=f"online error {error}, {self._images / (now - self._started):.0f} images/s",
+            status=f"online {score.name} {value}, {self._images / (now - self._started):.0f} images/s",
             refresh=True,
         )
 

@@ -4,7 +4,6 @@ Layers are found inside any wrapper (an input normalisation, a module of your ow
 block: no second forward pass, and nothing is left in the model.
 """
 
-import copy
 import math
 import warnings
 from collections import Counter
@@ -12,17 +11,39 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tta import norms
+from tta import caches, norms
 from tta.functional import logits_of
 
+T = TypeVar("T")
 Part: TypeAlias = Literal["norm", "head", "features", "all"]
 SIZES = (32, 224, 64, 28, 96, 16, 8, 299, 384)  # of images, tried until a model takes one
 TOKEN_PARTS = ("patch_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens", "embed_dim")
+
+
+class GivenHead(nn.Linear):
+    """A linear head whose weights are given and not learned, such as the text features of class names: they are buffers.
+
+    It computes in float32 under autocast too, whose rounding is as large as differences of cosines times 100.
+
+    Args:
+        weight: (classes, width).
+        bias: (classes,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
 
 
 def head(model: nn.Module, name: str | None = None) -> str:
@@ -51,7 +72,7 @@ def head(model: nn.Module, name: str | None = None) -> str:
     if not isinstance(layer, nn.Linear):
         raise ValueError(
             f"The logits of {kind} are made by {type(layer).__name__} '{found[0]}', which is no nn.Linear, so there are no "
-            "features before a linear head."
+            "features before a linear head. Use a method that needs the logits alone, such as tent, or give the model one."
         )
     return found[0]
 
@@ -67,8 +88,8 @@ def heads(model: nn.Module) -> list[str]:
     Raises:
         ValueError: neither way finds one.
     """
-    found = _last_weights(model)
-    if found:
+    given = [name for name, module in model.named_modules() if isinstance(module, GivenHead)]
+    if found := given or _last_weights(model):
         return found
     linear = _linear_layers(model)
     for module in model.modules():
@@ -166,6 +187,81 @@ def activations(
         yield seen
 
 
+class _Reached(Exception):
+    """The output of a layer, on its way out of a forward that need not go on."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+def output_at(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """Output of a layer for a batch; the forward ends there, so that what comes behind the layer costs nothing.
+
+    Raises:
+        ValueError: the forward does not reach the layer.
+    """
+
+    def leave(module: nn.Module, args: Any, output: Tensor) -> None:
+        raise _Reached(output)
+
+    handle = model.get_submodule(name).register_forward_hook(leave)
+    try:
+        model(x)
+    except _Reached as reached:
+        return reached.output
+    finally:
+        handle.remove()
+    raise ValueError(f"A forward pass never reaches layer '{name}': name one that it does.")
+
+
+def parameters_before(model: nn.Module, name: str) -> list[str]:
+    """Names of the parameters that the output of a layer depends on, in a forward of noise.
+
+    Raises:
+        ValueError: the forward does not reach the layer.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in flags:
+        parameter.requires_grad_(parameter.is_floating_point())
+    named = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def run(x: Tensor) -> list[str]:
+        total = output_at(model, name, x).sum()
+        found = torch.autograd.grad(total, list(named.values()), allow_unused=True) if total.requires_grad else ()
+        return [path for path, gradient in zip(named, found, strict=False) if gradient is not None]
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            return probe(model, run)
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def parts(model: nn.Module) -> list[str]:
+    """Names of the stages of a network, see :func:`tta.norms.stages`; where there is no chain, of its layers with weights.
+
+    The layers that make the logits are no parts. There is one part or more.
+
+    Raises:
+        ValueError: nothing in the model but its head has weights.
+    """
+    if found := norms.stages(model):
+        return found
+    behind = heads(model)
+    leaves = [
+        name
+        for name, module in model.named_modules()
+        if name not in behind and next(module.parameters(recurse=False), None) is not None
+    ]
+    if not leaves:
+        raise ValueError(
+            f"{type(model).__name__} has no layer with weights but its head: there are no stages to look at."
+        )
+    return leaves
+
+
 def select(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
     """Names that match any of the shell patterns, from any dot on (``layer3.*`` finds ``model.layer3.0.bn1``).
 
@@ -184,6 +280,15 @@ def select(names: Sequence[str], patterns: Sequence[str] | None) -> list[str]:
     return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
 
 
+def full_name(model: nn.Module, name: str) -> str:
+    """Full name of the first module that a name means, from any dot on: ``layer3`` finds ``model.layer3``.
+
+    Raises:
+        ValueError: there is none; the message names some that are there.
+    """
+    return select([path for path, _ in model.named_modules() if path], [name])[0]
+
+
 def vision_transformer(model: nn.Module) -> nn.Module:
     """The timm ``VisionTransformer`` in the model, or the model itself if it is one.
 
@@ -199,7 +304,8 @@ def vision_transformer(model: nn.Module) -> nn.Module:
         found += children
     raise ValueError(
         f"Looked for a timm VisionTransformer (a module with {', '.join(TOKEN_PARTS)}, without rotary embeddings), whose "
-        f"tokens prompts can join; found {' > '.join(type(module).__name__ for module in found)}."
+        f"tokens prompts can join; found {' > '.join(type(module).__name__ for module in found)}. Pass such a "
+        "model, or use a method that adds no tokens, such as tent."
     )
 
 
@@ -264,7 +370,7 @@ def _last_weights(model: nn.Module) -> list[str]:
     called: list[str] = []
     try:
         # On a copy: a model may keep what it saw last, with a graph that no later copy of it could take.
-        model = copy.deepcopy(model).eval()
+        model = caches.copied(model).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with (
@@ -287,25 +393,76 @@ def _last_weights(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name in found] if seen or len(found) == 1 else called[-1:]
 
 
-def _probed(model: nn.Module, called: list[str]) -> tuple[Tensor, Tensor]:
-    """Two images of noise, of the first size that the model takes, and their logits; names of the linear layers called."""
+def probe(model: nn.Module, run: Callable[[Tensor], T]) -> T:
+    """Result of ``run`` for two images of noise, of the first size for which it raises no error, in ``eval()`` mode.
+
+    Raises:
+        Exception: the error of the last size, where there is one for each.
+    """
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     failure: Exception = ValueError("no size to try")
     with ExitStack() as stack:
-        for name in _linear_layers(model):
-            listen = partial(_note_call, called, name)
-            stack.callback(model.get_submodule(name).register_forward_hook(listen).remove)
+        stack.enter_context(torch.autocast(like.device.type, enabled=False))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False  # noise must not enter the statistics
         # First a size that the model names: a Swin of transformers keeps the windows of smaller images for good.
         for size in dict.fromkeys((*_sizes_named(model), *SIZES)):
             noise = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-            x = noise.to(like.device, like.dtype).requires_grad_()
-            called.clear()
             try:
-                return x, logits_of(model(x))
+                return run(noise.to(like.device, like.dtype))
             except Exception as error:  # an assertion, an unfit shape, an empty map: the next size may do
                 failure = error
     raise failure
+
+
+def reached(model: nn.Module, layers: Sequence[str]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules that a forward has begun, and those that it has ended, when the last of some layers ends; in order.
+
+    Raises:
+        ValueError: a forward of noise does not reach all of the layers.
+    """
+    begun: list[nn.Module] = []
+    ended: list[nn.Module] = []
+    ends = {model.get_submodule(name) for name in layers}
+
+    def begin(module: nn.Module, args: Any) -> None:
+        if not ends.issubset(ended):
+            begun.append(module)
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if not ends.issubset(ended):
+            ended.append(module)
+
+    def run(x: Tensor) -> None:
+        begun.clear()
+        ended.clear()
+        with torch.no_grad():
+            model(x)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(begin).remove)
+            stack.callback(module.register_forward_hook(end).remove)
+        probe(model, run)
+    if missing := [name for name in layers if model.get_submodule(name) not in ended]:
+        raise ValueError(f"A forward pass never reaches layer '{missing[0]}': name one that it does.")
+    return begun, ended
+
+
+def _probed(model: nn.Module, called: list[str]) -> tuple[Tensor, Tensor]:
+    """Two images of noise, of the first size that the model takes, and their logits; names of the linear layers called."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        called.clear()
+        return x.requires_grad_(), logits_of(model(x))
+
+    with ExitStack() as stack:
+        for name in _linear_layers(model):
+            listen = partial(_note_call, called, name)
+            stack.callback(model.get_submodule(name).register_forward_hook(listen).remove)
+        return probe(model, run)
 
 
 def _note_call(called: list[str], name: str, module: nn.Module, args: Any, output: Any) -> None:

@@ -9,6 +9,7 @@ from tta.datasets.corruptions.recipes import (
     apply,
     constants,
     corrupt,
+    corrupt_masks,
     draw,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "apply",
     "constants",
     "corrupt",
+    "corrupt_masks",
     "draw",
 ]

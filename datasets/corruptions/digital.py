@@ -48,6 +48,25 @@ def draw_elastic(keys: Keys, setting: Setting, size: Size) -> Draws:
 
 
 def elastic_transform(images: Tensor, draws: Draws, setting: tuple[float, float, float]) -> Tensor:
+    affine, elastic = _moves(images, draws, setting)
+    moved = pixels.bilinear(unit(images), *affine, pixels.mirror_101)
+    return moved if elastic is None else pixels.bilinear(moved, *elastic, pixels.mirror)
+
+
+def elastic_masks(masks: Tensor, draws: Draws, setting: tuple[float, float, float]) -> Tensor:
+    """Masks (n, height, width) of images that :func:`elastic_transform` moves: each pixel's class is that of the nearest."""
+    x = masks[:, None]
+    for grid, border in zip(_moves(x, draws, setting), (pixels.mirror_101, pixels.mirror), strict=True):
+        if grid is not None:
+            places = (border(part.round().long(), size) for part, size in zip(grid, x.shape[2:], strict=True))
+            x = pixels.at(x, *places)
+    return x[:, 0]
+
+
+def _moves(
+    images: Tensor, draws: Draws, setting: tuple[float, float, float]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Rows and columns that each pixel is taken from: by the affine map, then by the elastic one, if there is one."""
     amplitude, sigma, jitter = setting
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device, dtype=torch.float64)[:, None]
@@ -57,13 +76,12 @@ def elastic_transform(images: Tensor, draws: Draws, setting: tuple[float, float,
     corners = [(third, third), (third, -third), (-third, -third)]
     points = rows.new_tensor([(middle[0] + a, middle[1] + b) for a, b in corners])
     x, y = _affine_back(points, points + draws["points"].double() * jitter, columns, rows)
-    moved = pixels.bilinear(unit(images), y, x, pixels.mirror_101)
     if amplitude == 0:
-        return moved
+        return (y, x), None
     down, right = (
         pixels.gaussian(draws[axis].double(), sigma, pixels.mirror, 3.0) * amplitude for axis in ("rows", "columns")
     )
-    return pixels.bilinear(moved, rows + down, columns + right, pixels.mirror)
+    return (y, x), (rows + down, columns + right)
 
 
 def _affine_back(points: Tensor, moved: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

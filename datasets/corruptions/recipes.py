@@ -110,6 +110,29 @@ def corrupt(
     return out
 
 
+def corrupt_masks(
+    masks: Tensor, name: str, severity: float = 3, seed: int = 0, recipe: str = "cifar", index: Tensor | None = None
+) -> Tensor:
+    """Masks of images that :func:`corrupt` damages with the same settings: they move with the pixels of ``elastic_transform``.
+
+    The other corruptions change or blur pixels where they are (``glass_blur`` by 1 to 4 of them) and leave masks alone.
+
+    Args:
+        masks: (n, height, width), of the size of the images.
+        name, severity, seed, recipe, index: as of :func:`corrupt`.
+
+    Returns:
+        As ``masks``.
+    """
+    setting = constants(name, severity, recipe)
+    if name != "elastic_transform" or not severity:
+        return masks
+    index = torch.arange(len(masks)) if index is None else index
+    size = (masks.shape[1], masks.shape[2])
+    drawn = draw(name, index, severity=severity, seed=seed, size=size, recipe=recipe, device=masks.device)
+    return digital.elastic_masks(masks, drawn, setting)
+
+
 def draw(
     name: str,
     index: Tensor,

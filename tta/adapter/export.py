@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tta import norms
-from tta.functional import logits_of
+from tta import compiling, norms
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, (channels,) each
 
 
 def stored_statistics(model: nn.Module) -> dict[str, dict[str, Tensor | None]]:
-    """Running statistics of the BatchNorm layers that have some, by name; copies."""
-    return {
+    """Running statistics of the BatchNorm layers that have some, frozen ones too, by name; copies."""
+    frozen: dict[str, dict[str, Tensor | None]] = {
+        name: {
+            **{key: value.clone() for key, value in layer.named_buffers() if key.startswith("running_")},
+            "num_batches_tracked": torch.tensor(0, device=next(layer.buffers()).device),
+        }
+        for name, layer in norms.frozen(model)
+    }
+    return frozen | {
         name: {
             key: None if value is None else value.detach().clone() for key, value in layer.named_buffers(recurse=False)
         }
@@ -58,7 +64,7 @@ def batch_statistics(model: nn.Module, images: Tensor) -> dict[str, Statistics]:
         for name, layer in model.named_modules():
             if name in wanted:
                 stack.callback(layer.register_forward_pre_hook(record(name)).remove)
-        logits_of(model(images))
+        model(images)
     return found
 
 
@@ -82,6 +88,7 @@ def plain(
         statistics: :func:`batch_statistics` of ``model``.
     """
     duplicate = copy.deepcopy(model).requires_grad_(False)
+    compiling.undo(duplicate)
     for name, layer in list(duplicate.named_modules()):
         if isinstance(layer, norms.BlendedBatchNorm):
             _unwrap(duplicate, name, layer, statistics.get(name))

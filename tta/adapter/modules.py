@@ -1,11 +1,12 @@
 """Modules: the plain one inside a compiled one, a copy, and where parameters and buffers are."""
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from tta import caches
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -40,7 +41,7 @@ def own(model: nn.Module, copied: bool) -> nn.Module:
     if not copied:
         return model
     try:
-        duplicate = copy.deepcopy(model)
+        duplicate = caches.copied(model)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} cannot be deep-copied ({error}). Pass copy=False to adapt it in place."
@@ -50,12 +51,12 @@ def own(model: nn.Module, copied: bool) -> nn.Module:
     return duplicate
 
 
-def remove_hooks(module: nn.Module, kind: type) -> None:
-    """Take forward hooks of a class off a module and all within it."""
+def remove_hooks(module: nn.Module, kind: tuple[type, ...]) -> None:
+    """Take forward hooks of some classes, and those before a forward, off a module and all within it."""
     for part in module.modules():
-        hooks = part._forward_hooks  # noqa: SLF001  # the copy of a hook has no handle
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-            del hooks[key]
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):  # noqa: SLF001  # the copy of a hook has no handle
+            for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+                del hooks[key]
 
 
 class Slot(NamedTuple):
@@ -81,6 +82,27 @@ def slots(module: nn.Module) -> Iterator[Slot]:
                 yield Slot(f"{path}.{key}" if path else key, owner, key, value)
 
 
+def values(module: nn.Module) -> dict[str, Tensor | None]:
+    """Copies of all parameters and buffers, by name; to be read only, as equal ones of copies of a model are one tensor.
+
+    Copies of a model are children of ``module``: a teacher starts from the values of its student.
+    """
+    kept: dict[str, Tensor | None] = {}
+    first: dict[str, Tensor] = {}  # by the name within the child
+    for slot in slots(module):
+        value = None if slot.value is None else slot.value.detach()
+        if value is not None:
+            twin = first.get(slot.name.partition(".")[2])
+            same = (
+                twin is not None and (twin.shape, twin.dtype) == (value.shape, value.dtype) and torch.equal(twin, value)
+            )
+            value = twin if same else value.clone()
+            assert value is not None
+            first.setdefault(slot.name.partition(".")[2], value)
+        kept[slot.name] = value
+    return kept
+
+
 def aliases(module: nn.Module) -> dict[str, str]:
     """Further names of tied parameters and buffers -> their first name."""
     first: dict[int, str] = {}
@@ -91,6 +113,20 @@ def aliases(module: nn.Module) -> dict[str, str]:
             if value is not None and first.setdefault(id(value), name) != name:
                 further[name] = first[id(value)]
     return further
+
+
+def by_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, for each place in a module that holds a parameter or buffer: a tied one for all its places, and a
+    layer that is used twice once, since ``functional_call`` would leave the tensors in it if it were given them twice.
+    """
+    first = aliases(module)
+    found = {}
+    for path, owner in module.named_modules():
+        for key, _ in _held_by(owner):
+            name = f"{path}.{key}" if path else key
+            if (value := tensors.get(first.get(name, name))) is not None:
+                found[name] = value
+    return found
 
 
 def _held_by(owner: nn.Module) -> list[tuple[str, Tensor | None]]:

@@ -55,6 +55,32 @@ def moments(optimizer: Optimizer | None) -> list[Moments]:
     return [] if optimizer is None else [dict(optimizer.state.get(p, {})) for p in parameters_of(optimizer)]
 
 
+OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+MOMENTS: dict[type[Optimizer], set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.Adam: OF_ADAM,
+    torch.optim.AdamW: OF_ADAM,  # an Adam from torch 2.7 on only
+}
+
+
+def check_moments(optimizer: Optimizer | None, saved: Sequence[Moments]) -> None:
+    """Raise a ValueError unless saved moments are those of an optimizer of this kind and of parameters of these shapes."""
+    known = next((names for kind, names in MOMENTS.items() if isinstance(optimizer, kind)), set())
+    for number, (parameter, values) in enumerate(zip(parameters_of(optimizer), saved, strict=True)):
+        if values and set(values) != known:
+            raise ValueError(
+                f"The moments of parameter {number} are {', '.join(values)}; {type(optimizer).__name__} has "
+                f"{', '.join(sorted(known))}."
+            )
+        for name, value in values.items():
+            shape = torch.Size() if name == "step" else parameter.shape
+            if isinstance(value, Tensor) and (value.shape != shape or not value.is_floating_point()):
+                raise ValueError(
+                    f"Moment {name} of parameter {number} is {value.dtype} of shape {tuple(value.shape)}; expected a "
+                    f"floating-point tensor of shape {tuple(shape)}."
+                )
+
+
 def set_moments(optimizer: Optimizer | None, saved: Sequence[Moments]) -> None:
     """Put saved moments in the place of the optimizer's own, as they are; empty ones change nothing."""
     if optimizer is not None:

@@ -3,12 +3,16 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta import norms
+from tta.adapter.guarding import Guarding
+from tta.distributed import ALONE, Workers
 from tta.memory import Bank
+from tta.towers import TwoTowers
 
 SHOWN = 6  # names, before the rest is a number
 
@@ -28,6 +32,9 @@ class Summary:
         unknown: layers that look like normalisation and are of no known kind, by class; no method adapts them.
         statistics: how many BatchNorm layers normalise by the batch, by stored statistics, or by a blend of both.
         memory: number of images that memory banks can hold.
+        guard: settings of the guard; None without one.
+        workers: number of workers that share the stream.
+        towers: of a vision-language model its classes, its prompt, and whether the text tower adapts; else empty.
     """
 
     method: str
@@ -40,6 +47,9 @@ class Summary:
     unknown: dict[str, int]
     statistics: dict[str, int]
     memory: int
+    guard: dict[str, Any] | None = None
+    workers: int = 1
+    towers: str = ""
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -58,11 +68,19 @@ class Summary:
             yield f"  layers of unknown kinds, never adapted: {_counts(self.unknown)}"
         if self.statistics:
             yield f"  BatchNorm statistics: {_counts(self.statistics)}"
+        if self.towers:
+            yield f"  two towers: {self.towers}"
         if self.memory:
             yield f"  memory: up to {self.memory} images"
+        if self.guard is not None:
+            yield f"  guard: {', '.join(f'{name}={value}' for name, value in self.guard.items())}"
+        if self.workers > 1:
+            yield f"  one stream over {self.workers} workers"
 
 
-def summarise(model: nn.Module, adapter: nn.Module, method: str) -> Summary:
+def summarise(
+    model: nn.Module, adapter: nn.Module, method: str, guard: Guarding | None, workers: Workers = ALONE
+) -> Summary:
     """The summary of an adapter around a model."""
     named = dict(model.named_parameters())
     adapted = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -79,6 +97,9 @@ def summarise(model: nn.Module, adapter: nn.Module, method: str) -> Summary:
         unknown=Counter(type(layer).__name__ for _, layer in norms.unknown_layers(model)),
         statistics=Counter(_statistics(model)),
         memory=sum(len(bank.labels) for bank in adapter.modules() if isinstance(bank, Bank)),
+        guard=None if guard is None else guard.described(),
+        workers=workers.size,
+        towers=next((module.described() for module in model.modules() if isinstance(module, TwoTowers)), ""),
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tta import config
-from tta.benchmark.settings import OF_ENGINE, OF_MODEL, RunSettings, as_arguments
-from tta.messages import plain
+from tta.benchmark.settings import CHECKED, OF_ENGINE, OF_MODEL, RunSettings, as_arguments
+from tta.messages import plain, require
 from tta.report.tables import BASELINE
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     Images = Tensor | Dataset[Any]
 
+IMAGENET = 1000  # classes
+LARGEST_SEED = 2**32 - 1  # of NumPy's generator
 CALIBRATIONS = "runs/calibrations"  # where protocol ccc keeps its measurements
 
 
@@ -46,14 +48,14 @@ def make_stream(request: Request) -> "Stream":
     """The stream asked for; what the request leaves open comes from ``configs/stream``."""
     import tta
     from tta.datasets.files import ClassOrderWarning
-    from tta.engine import reset_period
+    from tta.engine import check_frames, check_settings
 
     defaults = config.load("stream", request.stream)
-    for of_run in ("models", "preset"):
+    for of_run in ("models", "preset", "protocol"):
         defaults.pop(of_run, None)
     run = request.run
-    if run.reset is not None:
-        reset_period(run.reset)
+    check_settings(**as_arguments(run, CHECKED))
+    require(0 <= run.seed <= LARGEST_SEED, f"seed={run.seed}", f"a number from 0 to {LARGEST_SEED}")
     of_stream = defaults.pop("batch_size", 64)
     batch_size = of_stream if run.batch_size is None else run.batch_size
     if run.protocol == "ccc":
@@ -63,7 +65,9 @@ def make_stream(request: Request) -> "Stream":
         settings = {"cache": CALIBRATIONS, **_calibration(request), **settings}
     with warnings.catch_warnings():
         warnings.simplefilter("error", ClassOrderWarning)  # nobody reads a warning above a table of wrong labels
-        return tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
+        stream = tta.stream(request.stream, batch_size=batch_size, seed=run.seed, protocol=run.protocol, **settings)
+    check_frames(run.frames, stream.samples)
+    return stream
 
 
 def _calibration(request: Request) -> dict[str, Any]:
@@ -84,37 +88,61 @@ def _calibration(request: Request) -> dict[str, Any]:
 
 
 def make_adapters(models: Mapping[str, "ImageClassifier"], request: Request) -> list[tuple[str, "Adapter"]]:
-    """One adapter per method, on the first of the models that it supports; ``source`` on each model in use."""
+    """One adapter per method, on the first of the models that it supports; ``source`` on each model in use.
+
+    Beside the methods on a vision-language model ``source`` always stands: it is the zero-shot error of the same prompt.
+    """
+    from tta.towers import prompts_of
+
     made: dict[str, list[tuple[str, Adapter]]] = {spec: [] for spec in models}
     for method in request.methods:
         if method != BASELINE:
             spec, adapter = _adapter_on_supported_model(models, method, request)
             made[spec].append((method, adapter))
-    if BASELINE in request.methods:
-        for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
+    asked = BASELINE in request.methods
+    for spec in [spec for spec in models if made[spec]] or list(models)[:1]:
+        if asked or prompts_of(models[spec]):
+            request.hparams.setdefault(BASELINE, {})
             made[spec].insert(0, (BASELINE, make_adapter(models[spec], BASELINE, request)))
     return [pair for pairs in made.values() for pair in pairs]
 
 
 def source_models(request: Request, stream: "Stream") -> dict[str, "ImageClassifier"]:
     """The source model asked for, or those of the stream, by spec."""
-    return {spec: source_model(spec, request, stream.classes) for spec in model_specs(request)}
+    return {spec: source_model(spec, request, stream.classes, stream.class_names) for spec in model_specs(request)}
 
 
-def source_model(spec: str, request: Request, classes: "Classes | None") -> "ImageClassifier":
-    """Load the model of a spec; where the stream has some of its classes, it gives the logits of those alone."""
+def source_model(
+    spec: str, request: Request, classes: "Classes | None", names: Sequence[str] | None = None
+) -> "ImageClassifier":
+    """Load the model of a spec; where the stream has some of its classes, it gives the logits of those alone.
+
+    A model that classifies by names takes those of the stream, and those of ImageNet for a stream of its classes.
+    """
     import tta
+    from tta.models import imagenet_names, reads_names
 
-    model = tta.load_model(spec, **as_arguments(request.run, OF_MODEL))
+    settings = as_arguments(request.run, OF_MODEL)
+    settings["classes"] = settings.pop("class_names")
+    if settings["classes"] is None and reads_names(spec):
+        of_imagenet = classes is not None and IMAGENET in (classes.of, classes.count)
+        settings["classes"] = imagenet_names() if names is None and of_imagenet else names
+    model = tta.load_model(spec, **settings)
     return model if classes is None or classes.logits is None else model.select_logits(classes.logits, classes.of)
 
 
 def _adapter_on_supported_model(
     models: Mapping[str, "ImageClassifier"], method: str, request: Request
 ) -> tuple[str, "Adapter"]:
-    """The spec of the first model that the method supports and the adapter on it; raises the first model's refusal."""
+    """The spec of the first model that the method supports, those prepared for it before all others, and the adapter on it.
+
+    Raises the first model's refusal.
+    """
+    from tta import methods
+
     refusals = []
-    for spec, model in models.items():
+    kind = methods.find(method)
+    for spec, model in sorted(models.items(), key=lambda item: not methods.is_prepared(kind, item[1])):
         try:
             return spec, make_adapter(model, method, request)
         except config.ConfigError:  # a wrong setting is wrong on every model
@@ -151,12 +179,19 @@ def _preset(method: str, request: Request) -> str | None:
 def make_adapter(model: "ImageClassifier", method: str, request: Request) -> "Adapter":
     """The adapter of one method around a model, with its preset and its source knowledge."""
     import tta
+    from tta.datasets import catalog
 
     source: SourceStatistics | str | None = None
     if needs := source_needs(model, method, request):
         given = source_images(model, request)
         source = given if isinstance(given, str) else record(model, needs, given, request.run)
-    return tta.adapt(model, method, source=source, preset=_preset(method, request), **request.hparams[method])
+    adapts = method != BASELINE
+    guard, compiled = request.run.guard and adapts, request.run.compile and adapts
+    preset = _preset(method, request)
+    task = catalog.task_of(request.stream)
+    return tta.adapt(
+        model, method, source=source, preset=preset, task=task, guard=guard, compile=compiled, **request.hparams[method]
+    )
 
 
 def source_needs(model: "nn.Module", method: str, request: Request) -> list["Need"]:

@@ -18,6 +18,8 @@ class SharedSettings:
         clean: measure the error on the source domain too, before and after the run.
         accelerator: as in :func:`tta.evaluate`.
         num_workers: processes that read ahead, for each run.
+        guard: put a guard around every method but the source model, see :class:`tta.Guard`.
+        compile: compile the forward and backward pass of every method but the source model, see :func:`tta.adapt`.
     """
 
     checkpoint: str | None = None
@@ -28,6 +30,8 @@ class SharedSettings:
     clean: bool = False
     accelerator: str = "auto"
     num_workers: int = 0
+    guard: bool = False
+    compile: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,25 +43,40 @@ class RunSettings(SharedSettings):
         num_classes: as in :func:`tta.load_model`.
         mean: as in :func:`tta.load_model`.
         std: as in :func:`tta.load_model`.
+        class_names: ``classes`` of :func:`tta.load_model`; None for the stream's own names.
+        templates: as in :func:`tta.load_model`.
         preset: published settings to start from; None for the preset with the stream's name.
         protocol: its name.
         seed: seed of the stream.
         leftover: as in :func:`tta.evaluate`.
+        frames: as in :func:`tta.evaluate`.
     """
 
     model: str | None = None
     num_classes: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    class_names: list[str] | None = None
+    templates: list[str] | None = None
     preset: str | None = None
     protocol: str = "continual"
     seed: int = 0
     leftover: str = "join"
+    frames: list[int] | None = None
 
 
 SHARED = tuple(setting.name for setting in dataclasses.fields(SharedSettings))
-OF_MODEL = ("checkpoint", "num_classes", "mean", "std")  # arguments of tta.load_model
-OF_ENGINE = ("reset", "precision", "accelerator", "num_workers", "leftover")  # arguments of tta.evaluate
+OF_MODEL = (
+    "checkpoint",
+    "num_classes",
+    "mean",
+    "std",
+    "class_names",
+    "templates",
+)  # arguments of tta.load_model, where class_names are classes
+# Without the stream, before anything is loaded.
+CHECKED = ("reset", "precision", "accelerator", "num_workers", "leftover")
+OF_ENGINE = (*CHECKED, "frames")  # arguments of tta.evaluate
 OF_MACHINE = ("accelerator", "num_workers")  # they change no number
 
 

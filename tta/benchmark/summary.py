@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from tta import tasks
 from tta.benchmark.cells import Cell, Failure, Outcome
 from tta.benchmark.selection import WAYS, Candidate, TableRow, select
 from tta.messages import plain
@@ -20,6 +21,7 @@ from tta.report import tables
 from tta.report.tables import BASELINE, MEAN, ResultTable
 from tta.results import Result
 from tta.results import published as published_tables
+from tta.tasks import Direction
 
 if TYPE_CHECKING:
     import pandas
@@ -58,7 +60,7 @@ class Line:
         method: its name.
         settings: hyper-parameters from the grid: those of this line, or those that were selected.
         is_oracle: whether test labels selected its hyper-parameters or steps.
-        values: column -> seed -> error in percent; the mean over columns is a column too.
+        values: column -> seed -> error in percent (of maps, mIoU); the mean over columns is a column too.
         difference: mean minus the baseline's mean, over the seeds that both have; percentage points.
         published: published mean error, in percent.
         measured: further metrics by name, over seeds.
@@ -108,6 +110,8 @@ class Section:
         columns: domains or streams, without the mean.
         lines: one per method, or per point of its grid.
         metrics: names of the metrics shown behind the errors.
+        measure: name of the score that the columns hold.
+        direction: of it: ``"up"`` where more is better.
     """
 
     place: Mapping[str, str]
@@ -115,6 +119,8 @@ class Section:
     columns: tuple[str, ...]
     lines: tuple[Line, ...]
     metrics: tuple[str, ...] = ()
+    measure: str = "error"
+    direction: Direction = "down"
 
     @property
     def title(self) -> str:
@@ -126,11 +132,13 @@ class Section:
         return " · ".join(words)
 
     def ranks(self, column: str) -> tuple[str | None, str | None]:
-        """The lowest and second lowest mean of a column, as shown; None where there is none.
+        """The best and second best mean of a column, as shown: the lowest errors; None where there is none.
 
-        Without a second line nothing is ranked; when the two lowest are shown equal, there is no second.
+        Without a second line nothing is ranked; when the two best are shown equal, there is no second.
         """
-        scores = sorted(score.mean for line in self.lines if (score := line.score(column)))
+        scores = sorted(
+            (score.mean for line in self.lines if (score := line.score(column))), reverse=self.direction == "up"
+        )
         if len(scores) < 2:
             return None, None
         first, second = map(tables.number, scores[:2])
@@ -189,7 +197,7 @@ class Summary(ResultTable):
         return pandas.DataFrame(records)
 
     def to_markdown(self) -> str:
-        """One Markdown table per section, rows are methods; a column's lowest error is bold, the second underlined."""
+        """One Markdown table per section, rows are methods; a column's best is bold, the second underlined."""
         blocks = []
         for section in self.sections:
             head = self._header(section)
@@ -200,7 +208,7 @@ class Summary(ResultTable):
         return "\n\n".join([*blocks, *map(tables.markdown, self._remarks())]) + "\n"
 
     def to_latex(self) -> str:
-        """One LaTeX table (booktabs) per section; a column's lowest error is bold, the second underlined."""
+        """One LaTeX table (booktabs) per section; a column's best is bold, the second underlined."""
         blocks = []
         for section in self.sections:
             head = self._header(section)
@@ -225,7 +233,7 @@ class Summary(ResultTable):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for section in self.sections:
-            yield tables.terminal(f"Online error in %: {section.title}", style="bold")
+            yield tables.terminal(f"Online {section.measure} in %: {section.title}", style="bold")
             yield from (
                 self._methods_across(section, options.max_width) if section.columns else [self._methods_down(section)]
             )
@@ -317,7 +325,7 @@ def summarise(
         columns: ``"domain"``, ``"stream"`` with the mean error of each, or ``"mean"``; left out, streams if there are
             several, else domains.
         metrics: shown behind the errors: names in :attr:`tta.Result.metrics`, or ``"samples"``.
-        by_error: sort the lines of a section by their mean error, those without one last.
+        by_error: sort the lines of a section by their mean error (of maps, mIoU), the best first, those without one last.
         published: name of a published table to compare the means with.
 
     Raises:
@@ -338,8 +346,11 @@ def summarise(
             words = "" if way else repr(chosen.settings)
             lines.setdefault(f"{row.method} {words}", []).append((row, chosen))
         found = [_line(parts, outcomes, by_stream, metrics) for parts in lines.values()]
+        results = [r for row in members for cell in row.cells if isinstance(r := outcomes.get(cell.name), Result)]
+        measure = results[0].score if results else tasks.Score("error", math.nan, "down")
         if by_error:
-            found.sort(key=lambda line: score.mean if (score := line.score(MEAN)) else math.inf)
+            sign = -1 if measure.direction == "up" else 1
+            found.sort(key=lambda line: sign * score.mean if (score := line.score(MEAN)) else math.inf)
         names = [row.place["stream"] for row in members] if by_stream else [c for line in found for c in line.values]
         section = Section(
             place=dict(place),
@@ -347,6 +358,8 @@ def summarise(
             columns=() if columns == MEAN else tuple(dict.fromkeys(name for name in names if name != MEAN)),
             lines=tuple(found),
             metrics=tuple(metrics),
+            measure=measure.name,
+            direction=measure.direction,
         )
         sections.append(_compared(section, known))
     return Summary(sections=tuple(sections), notes=tuple(_notes(sections, known)))
@@ -368,7 +381,9 @@ def _line(
                 problems.append(_problem(row, cell, outcome))
                 continue
             errors = (
-                {row.place["stream"]: outcome.mean_error} if by_stream else {**outcome.errors, MEAN: outcome.mean_error}
+                {row.place["stream"]: outcome.score.value}
+                if by_stream
+                else {**outcome.scores, MEAN: outcome.score.value}
             )
             for column, error in errors.items():
                 values.setdefault(column, {})[cell.seed] = error

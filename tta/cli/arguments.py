@@ -10,9 +10,10 @@ from tta.benchmark import RunSettings, runs
 
 STREAM = "digits-c"
 RUN, OF_STREAM = "settings of the run", "settings of the stream"  # owners of keys beside the methods
-METHODS = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore")
+DEFAULT = ("source", "auto")  # where no method is named, the second with a guard
+MAIN = ("source", "norm", "tent", "eata", "sar", "cotta", "rotta", "actmad", "dpcore", "auto")
 # `tta run` alone: a quarter of the images, and without the two methods that take longest after dpcore. 30 s at most on 2 cores.
-DEMO = (STREAM, "source", "norm", "tent", "eata", "rotta", "actmad", "dpcore", "samples=200")
+DEMO = (STREAM, *(method for method in MAIN if method not in ("sar", "cotta")), "samples=200")
 
 
 class UsageError(ValueError):
@@ -37,21 +38,25 @@ def parse_request(words: Sequence[str]) -> runs.Request:
     stream, methods = _stream_and_methods([word for word in words if "=" not in word])
     settings = [(key, text) for key, equals, text in (word.partition("=") for word in words) if equals]
     protocols = [text for key, text in settings if key in ("protocol", "stream.protocol")]
-    keys = _Keys.of(stream, methods, *protocols[-1:])
     run: dict[str, Any] = {}
+    if not protocols and (own := config.load("stream", stream).get("protocol")):
+        protocols, run["protocol"] = [own], own
+    keys = _Keys.of(stream, methods, *protocols[-1:])
     of_stream: dict[str, Any] = {}
     hparams: dict[str, dict[str, Any]] = {name: {} for name in methods}
     owners = {RUN: run, OF_STREAM: of_stream, **hparams}
     for key, text in settings:
         for owner, name in keys.targets(key):
             owners[owner][name] = config.parse(text)
+    if not set(words).intersection(methods):
+        run.setdefault("guard", True)
     if run.get("reset") is not None:
         run["reset"] = str(run["reset"])
     return runs.Request(stream, methods, config.build(RunSettings, run), of_stream, hparams)
 
 
 def _stream_and_methods(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Sort names into the stream and the methods; the embedded stream and the nine main methods if none is named."""
+    """Sort names into the stream and the methods; the embedded stream and the default method if none is named."""
     from tta import methods
     from tta.datasets import catalog
 
@@ -68,7 +73,7 @@ def _stream_and_methods(names: Sequence[str]) -> tuple[str, list[str]]:
             )
     if repeated := {name for name in chosen if chosen.count(name) > 1}:
         raise UsageError(f"Method named twice: {', '.join(sorted(repeated))}.")
-    return streams[0] if streams else STREAM, chosen or list(METHODS)
+    return streams[0] if streams else STREAM, chosen or list(DEFAULT)
 
 
 class _Keys(NamedTuple):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from tta import config, places
 from tta.allocator import keep_freed_memory
 from tta.benchmark import RunSettings, runs
 from tta.cli import listings
-from tta.cli.arguments import DEMO, STREAM, UsageError, key_values, parse_request, usage_errors
+from tta.cli.arguments import DEMO, MAIN, STREAM, UsageError, key_values, parse_request, usage_errors
 from tta.cli.parser import make_parser
 from tta.messages import plain
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from tta.benchmark import Benchmark, Cell, Outcome
     from tta.datasets.download import Archive
     from tta.datasets.stream import Stream
+    from tta.distributed import Workers
     from tta.models import ImageClassifier
     from tta.report.tables import ResultTable
     from tta.results import Result
@@ -106,24 +108,34 @@ def _run(arguments: argparse.Namespace) -> int:
 
     with usage_errors():
         request = parse_request(arguments.words or DEMO)
+    from tta.distributed import Workers, launched
+
     out = arguments.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    console = Console(stderr=True)
-    with places.tried(out):
-        results = _run_methods(request, out, console)
+    # Processes of torchrun are workers on one stream; the first one speaks and writes.
+    with launched() as group:
+        workers = Workers(group)
+        console = Console(stderr=True, quiet=workers.rank > 0)
+        if workers.rank:
+            _run_methods(request, None, console, workers)
+            return 0
+        with places.tried(out):
+            results = _run_methods(request, out, console, workers)
     Console().print(tta.compare(results))
     if not arguments.words:
-        _say(console, f"A quarter of the images, seven methods. The full table: tta run {STREAM}")
+        _say(console, f"A quarter of the images. The full table: tta run {STREAM} {' '.join(MAIN)}")
     _say(console, f"Results: {out}")
     return 0
 
 
-def _run_methods(request: runs.Request, out: Path, console: Console) -> "list[Result]":
-    """Run each method of the request, and write each result as soon as there is one."""
+def _run_methods(request: runs.Request, out: Path | None, console: Console, workers: "Workers") -> "list[Result]":
+    """Run each method of the request, and write each result as soon as there is one; nothing without a folder."""
     with usage_errors():
         stream = runs.make_stream(request)
         clean = stream.clean() if request.run.clean else None
         models = runs.source_models(request, stream)
         adapters = runs.make_adapters(models, request)
+        for _, adapter in adapters if workers.size > 1 else ():
+            adapter.join(workers.group)
     for line in (str(stream).partition("\n")[0], *(f"images {origin}" for origin in stream.origins)):
         _say(console, line)
     in_use = {adapter.model.spec for _, adapter in adapters}
@@ -135,9 +147,11 @@ def _run_methods(request: runs.Request, out: Path, console: Console) -> "list[Re
         preset = f" (preset {adapter.preset})" if adapter.preset else ""
         _say(console, f"{name} on {adapter.model.spec}{preset}: {settings}")
         # Claimed before the run: of several at once each has a folder of its own, and nothing is overwritten.
-        with places.claimed(out / f"{stream.name}_{stream.protocol}_seed{stream.seed}" / name) as folder:
+        home = Path(f"{stream.name}_{stream.protocol}_seed{stream.seed}") / name
+        with contextlib.nullcontext() if out is None else places.claimed(out / home) as folder:
             result = runs.run_adapter(adapter, stream, request.run, clean=clean, progress=console.is_terminal)
-            result.save(folder)
+            if folder is not None:
+                result.save(folder)
         results.append(result)
     return results
 
@@ -194,7 +208,11 @@ def _run_benchmark(described: "Benchmark", arguments: argparse.Namespace) -> int
         rows = benchmark.entries(described)
 
     def report(cell: "Cell", outcome: "Outcome", done: int, total: int) -> None:
-        found = f"failed: {outcome.reason}" if isinstance(outcome, Failure) else f"{outcome.mean_error:.1f} %"
+        found = (
+            f"failed: {outcome.reason}"
+            if isinstance(outcome, Failure)
+            else f"{outcome.score.name} {outcome.score.value:.1f} %"
+        )
         _say(console, f"[{done}/{total}] {cell.name}: {found}")
 
     _say(console, f"{described.name}: {len(benchmark.in_order(rows))} cells in {out}")
@@ -254,6 +272,32 @@ def _source(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# ---------------------------------------------------------------------- train
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tta import training
+    from tta.cli import training as stage
+
+    console = Console(stderr=True)
+    with usage_errors():
+        request = stage.parse(arguments.method, arguments.words)
+        model = stage.make_model(arguments.model, request)
+        data = stage.images(arguments.data, model, request)
+    done = training.train(
+        request.method,
+        model,
+        data,
+        arguments.out,
+        settings=request.settings,
+        progress=console.is_terminal,
+        **request.hparams,
+    )
+    error = "" if done.error is None else f", error {done.error:.2f} % on the images held out"
+    _say(console, f"{done.path}: {request.method} on {arguments.model} after {done.steps} steps{error}")
+    return 0
+
+
 # ---------------------------------------------------------------------- corrupt
 
 
@@ -274,6 +318,67 @@ def _corrupt(arguments: argparse.Namespace) -> int:
             arguments.source, arguments.target, **settings, workers=arguments.workers, progress=progress
         )
     _say(console, f"{written} images written to {arguments.target}")
+    return 0
+
+
+# ---------------------------------------------------------------------- serve
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from tta.cli import serving
+
+    with usage_errors():
+        serving.check_extra()
+        from tta import serve
+        from tta.serve import logs
+
+        request = serving.parse(arguments.words)
+        settings = config.build(serve.ServeSettings, request.server)
+        adapter = serving.make_adapter(arguments.model, request)
+        logs.configure()
+        app = serve.create_app(adapter, settings)
+    serve.run(app, settings)
+    return 0
+
+
+# ---------------------------------------------------------------------- demo
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from tta.cli import demo as words
+
+    with usage_errors():
+        words.check_extra()
+        from tta import demo
+
+        app, settings = words.make_app(words.parse(arguments.words))
+    demo.run(app, settings)
+    return 0
+
+
+# ---------------------------------------------------------------------- export
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tta import artefact
+    from tta.cli import exporting
+
+    out = arguments.out
+    with usage_errors():
+        request = exporting.parse(arguments.words)
+        exporting.check_places(arguments.state, out, arguments.force)
+        model = exporting.make_model(arguments.model, request)
+        adapter = exporting.make_adapter(arguments.state, model, request)
+    with places.tried(out, is_file=True):
+        with usage_errors():
+            plain, images, expected = exporting.make_plain(adapter, model, request)
+        about = exporting.facts(adapter, model, images, request)
+        found = artefact.write(out, plain, images, expected, about, source=model)
+    _say(
+        Console(),
+        f"{out}: {decimal(out.stat().st_size)}, {adapter.method} on {model.spec}. Run on {found.images} images, {found.equal} "
+        f"predictions are the adapter's; logits differ by up to {found.difference:.1e} ({found.allowed:.1e} is allowed).",
+    )
     return 0
 
 
@@ -344,14 +449,30 @@ def _plot(arguments: argparse.Namespace) -> int:
         if arguments.what == "schedule":
             figure = plots.schedule(runs.make_stream(parse_request(arguments.words)))
         else:
-            figure = figures.FIGURES[arguments.what](find_results(arguments.words))
+            draw = figures.FIGURES[arguments.what]
+            folders, settings = _plot_words(arguments.words, draw)
+            figure = draw(find_results(folders), **settings)
         plots.save(figure, out)
     print(plain(str(out)))
     return 0
 
 
+def _plot_words(words: Sequence[str], draw: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
+    """Folders and settings of a figure among the words; names of folders may hold an equals sign, too."""
+    settings = [word for word in words if "=" in word and not Path(word).exists()]
+    found = key_values(settings)
+    known = [name for name, one in inspect.signature(draw).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    for key in found:
+        if key not in known:
+            there = f"There are: {', '.join(known)}." if known else "It has none."
+            raise UsageError(f"Figure '{draw.__name__}' has no setting '{key}'.{config.nearest(key, known)} {there}")
+    return [word for word in words if word not in settings], found
+
+
 def _list(arguments: argparse.Namespace) -> int:
     _print_lines(listings.LISTINGS[arguments.what]())
+    if note := listings.NOTES.get(arguments.what):
+        _say(Console(), note)
     return 0
 
 
@@ -409,10 +530,14 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "bench": _bench,
     "tune": _tune,
     "source": _source,
+    "train": _train,
     "corrupt": _corrupt,
     "table": _table,
     "diff": _diff,
     "plot": _plot,
+    "serve": _serve,
+    "demo": _demo,
+    "export": _export,
     "download": _download,
     "list": _list,
 }

@@ -70,3 +70,8 @@ LISTINGS = {
     "benchmarks": _benchmarks,
     "published": _published,
 }
+NOTES = {
+    "methods": "guard=true puts a guard around any of them: never worse than the source model for long. "
+    "Without a method, tta run takes auto, guarded. One around another: chain:tent, gala:tent. "
+    "Several workers can share one stream (torchrun) with actmad, auto, eata, norm, sar, source, tent."
+}

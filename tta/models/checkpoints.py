@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tta import taps
+from tta import auxiliary_file, taps
 
 WRAPPINGS = ("state_dict", "model", "net")
 # Under these names wrapped networks save the constants of their input normalisation.
@@ -75,6 +75,7 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[
     """
     own = model.state_dict()
     state = {key.removeprefix("module."): value for key, value in read(path).items()}
+    state = {key: value for key, value in state.items() if not key.startswith(auxiliary_file.PREFIX)}
     normalisation = None
     for pair in NORMALISATION:
         if all(key in state and key not in own for key in pair):

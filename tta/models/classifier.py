@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tta.auxiliary_file import Saved
+from tta.towers import TwoTowers
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # of networks that take images in [0, 1] as they are
@@ -28,6 +31,8 @@ class ImageClassifier(nn.Module):
 
     Attributes:
         preprocessing: all of the above that concerns the input, as plain values, for the manifest.
+        auxiliary: what a method's source stage trained beside the weights, where their file holds it; else None.
+        class_names: names of the classes, in the order of the logits, where the weights say them; else None.
     """
 
     mean: Tensor
@@ -51,6 +56,8 @@ class ImageClassifier(nn.Module):
         self.model = model
         self.spec = spec
         self.clean_error = clean_error
+        self.class_names: list[str] | None = None
+        self.auxiliary: Saved | None = None
         self.preprocessing: dict[str, Any] = {
             "input_size": None if input_size is None else list(input_size),
             "interpolation": interpolation,
@@ -91,8 +98,26 @@ class ImageClassifier(nn.Module):
         """
         if len(set(logits)) < max(2, len(logits)) or min(logits) < 0:
             raise ValueError(f"logits are two or more different outputs of the network, 0 or more; got {list(logits)}.")
+        if isinstance(self.model, TwoTowers):
+            return self._select_names(logits, of)
         self.register_buffer("selection", torch.tensor(logits))
         self._outputs = (max(logits) + 1, math.inf) if of is None else (of, of)
+        if self.class_names is not None and max(logits) < len(self.class_names):
+            self.class_names = [self.class_names[logit] for logit in logits]
+        return self
+
+    def _select_names(self, chosen: Sequence[int], of: int | None) -> "ImageClassifier":
+        """Keep the names of these classes alone, which methods read and not only logits."""
+        assert isinstance(self.model, TwoTowers)
+        classes = len(self.model.class_names)
+        if (of is not None and classes != of) or max(chosen) >= classes:
+            wanted = f"{of}" if of is not None else f"{max(chosen) + 1} or more"
+            raise ValueError(f"Selected are classes of a model with {wanted}; '{self.spec}' has {classes}.")
+        return self.named(self.model.select_classes(chosen).class_names)
+
+    def named(self, names: Sequence[str] | None) -> "ImageClassifier":
+        """Record the names of the classes, if there are some."""
+        self.class_names = None if names is None else list(names)
         return self
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ the image processor of the Hugging Face hub), so that no table here can go out o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -30,12 +31,20 @@ class ModelSpec:
         name: the part behind the family's prefix.
         num_classes: of the classifier; None for that of the weights.
         fetch: whether to load the weights that the spec names, or to leave the network untrained.
+        class_names: that a vision-language model classifies by; None for the model's own.
+        templates: sentences around them; None for the model's own.
+        tokenize: makes token ids of texts, in place of the model's own tokenizer.
+        checkpoint: weights that a vision-language model loads before it reads its class names.
     """
 
     text: str
     name: str
     num_classes: int | None
     fetch: bool
+    class_names: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+    tokenize: Callable[[Sequence[str]], Tensor] | None = None
+    checkpoint: str | Path | None = None
 
     @property
     def classes(self) -> dict[str, Any]:
@@ -90,7 +99,20 @@ def from_timm(spec: ModelSpec) -> ImageClassifier:
         interpolation=cfg["interpolation"],
         resize=math.floor(min(height, width) / cfg["crop_pct"]),
         crop=cfg["crop_mode"],
-    )
+    ).named(_timm_names(network) if spec.fetch else None)
+
+
+def _timm_names(network: Any) -> list[str] | None:
+    """Names of the classes of ImageNet and its subsets; None for weights of other data."""
+    names = network.pretrained_cfg.get("label_names")
+    if names:
+        return [str(name) for name in names]
+    data: Any = timm.data  # its names are not declared
+    subset = data.infer_imagenet_subset(network)
+    if subset is None:
+        return None
+    known = data.ImageNetInfo(subset)
+    return [known.index_to_description(number) for number in range(known.num_classes())]
 
 
 # ---------------------------------------------------------------------- torchvision
@@ -127,7 +149,7 @@ def from_torchvision(spec: ModelSpec) -> ImageClassifier:
         resize=transforms.resize_size[0],
         crop="center",
         clean_error=round(100 - metrics["acc@1"], 3) if spec.fetch and metrics else None,
-    )
+    ).named(weights.meta["categories"] if spec.fetch else None)
 
 
 # ---------------------------------------------------------------------- Hugging Face
@@ -172,11 +194,12 @@ def from_huggingface(spec: ModelSpec) -> ImageClassifier:
         if spec.num_classes is not None:
             config.num_labels = spec.num_classes
         network = AutoModelForImageClassification.from_config(config)
-    mean, std = _processor_normalisation(processor)
-    return ImageClassifier(Logits(network), mean, std, spec.text, **_processor_geometry(processor))
+    mean, std = processor_normalisation(processor)
+    names = [config.id2label[number] for number in range(config.num_labels)] if spec.fetch else None
+    return ImageClassifier(Logits(network), mean, std, spec.text, **processor_geometry(processor)).named(names)
 
 
-def _processor_normalisation(processor: Any) -> tuple[list[float], list[float]]:
+def processor_normalisation(processor: Any) -> tuple[list[float], list[float]]:
     """Mean and std for images in [0, 1], equal to the operations of an image processor on images in [0, 255]."""
     scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
     offset = 1.0 if getattr(processor, "rescale_offset", False) else 0.0
@@ -187,7 +210,7 @@ def _processor_normalisation(processor: Any) -> tuple[list[float], list[float]]:
     return [(m + offset) / scale for m in mean], [s * t / scale for s, t in zip(std, again, strict=True)]
 
 
-def _processor_geometry(processor: Any) -> dict[str, Any]:
+def processor_geometry(processor: Any) -> dict[str, Any]:
     """Input size, interpolation, resize and crop of an image processor."""
 
     def side(of: str, key: str) -> int | None:

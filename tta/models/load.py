@@ -8,13 +8,19 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from tta import auxiliary_file
 from tta.messages import nearest
 from tta.models import networks
 from tta.models.checkpoints import load_weights, refuse_bad_weights
 from tta.models.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
-from tta.models.families import FAMILIES, ModelSpec, from_function
+from tta.models.families import FAMILIES, Family, ModelSpec, from_function
+from tta.models.vision_language import digits_clip, from_open_clip, from_transformers
+from tta.towers import TwoTowers
 
 FUNCTION = "PACKAGE.MODULE:FUNCTION"
+
+
+DIGITS = tuple("0123456789")
 
 
 class Embedded(NamedTuple):
@@ -22,7 +28,9 @@ class Embedded(NamedTuple):
 
     make: Callable[..., nn.Module]
     file: str
-    clean_error: float  # %, on the 800 held-out digits
+    clean_error: float | None  # %, on the 800 held-out digits; None of a model of maps
+    names: tuple[str, ...] = DIGITS
+    side: int = 32  # pixels of the images that it was trained on
 
 
 class Untrained(NamedTuple):
@@ -37,7 +45,19 @@ class Untrained(NamedTuple):
 EMBEDDED = {
     "digits-cnn": Embedded(networks.DigitsCNN, "digits_cnn.safetensors", 0.375),
     "digits-vit": Embedded(networks.digits_vit, "digits_vit.safetensors", 1.125),
-    "digits-cnn-8": Embedded(networks.digits_cnn_8, "digits_cnn_8.safetensors", 0.3101),
+    "digits-gn": Embedded(networks.DigitsGN, "digits_gn.safetensors", 1.0),
+    "digits-cnn-8": Embedded(networks.digits_cnn_8, "digits_cnn_8.safetensors", 0.3101, DIGITS[:8]),
+    "digits-maps": Embedded(networks.DigitsFCN, "digits_maps.safetensors", None, (*DIGITS, "background"), 64),
+}
+
+
+# Vision-language models: they classify by the names of classes that they are given.
+TOWERS: dict[str, Callable[[ModelSpec], ImageClassifier]] = {"digits-clip": digits_clip}
+TOWER_FAMILIES = {
+    "hf-clip": Family(
+        from_transformers, "hf-clip:NAME", "a CLIP or SigLIP of the Hugging Face hub, or a folder with one"
+    ),
+    "open_clip": Family(from_open_clip, "open_clip:ARCH/TAG", "a model of open_clip, or a folder with one"),
 }
 
 
@@ -61,6 +81,9 @@ def load_model(
     pretrained: bool = True,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    tokenize: Callable[[Sequence[str]], Tensor] | None = None,
 ) -> ImageClassifier:
     """Load a source model, in ``eval()`` mode. It takes images in [0, 1] and applies mean and std inside, exactly once.
 
@@ -68,38 +91,35 @@ def load_model(
     ``normalize.mean`` ...). ``preprocessing`` lists them with input size, interpolation, resize and crop.
 
     Args:
-        spec: one of ``tta list models``: ``digits-cnn``, ``digits-vit`` or ``digits-cnn-8`` (embedded), ``cifar-resnet20`` (32, 44, 56,
-            110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``, ``torchvision:NAME[/WEIGHTS]``, ``hf:NAME``,
+        spec: one of ``tta list models``: ``digits-cnn``, ``digits-vit``, ``digits-gn``, ``digits-cnn-8``, ``digits-maps`` or
+            ``digits-clip`` (embedded), ``cifar-resnet20`` (32, 44, 56, 110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``,
+            ``torchvision:NAME[/WEIGHTS]``, ``hf:NAME``, ``hf-clip:NAME``, ``open_clip:ARCH/TAG``,
             ``robustbench:[cifar100/]NAME``, or ``PACKAGE.MODULE:FUNCTION``, a function of yours that returns a network.
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
         num_classes: of the classifier, if it differs from the spec's own.
         pretrained: load the spec's own weights if there is no checkpoint; ``False`` leaves the network untrained.
         mean: per channel, of images in [0, 1], if the checkpoint was trained with other values than the spec's.
         std: per channel, likewise.
+        classes: names that a vision-language model classifies by, in the order of the labels.
+        templates: sentences with ``{}`` in the place of a name; "a photo of a {}." if left out.
+        tokenize: texts -> token ids (texts, length), in place of a vision-language model's own tokenizer.
 
     Raises:
         ValueError: an unknown spec or name of weights (the nearest is offered), a spec without weights of its own and no
             checkpoint, weights for another number of classes, a checkpoint whose names do not fit (they are listed), or
             weights that are not finite.
         FileNotFoundError: there is no such checkpoint.
-        ModuleNotFoundError: ``hf:`` without transformers.
+        ModuleNotFoundError: ``hf:`` or ``hf-clip:`` without transformers, ``open_clip:`` without open_clip.
     """
     prefix, _, name = spec.partition(":")
-    parsed = ModelSpec(spec, name, num_classes, pretrained and checkpoint is None)
-    if spec in EMBEDDED:
-        model = _embedded(parsed)
-    elif spec in UNTRAINED:
-        model = _untrained(parsed)
-    elif prefix in FAMILIES and name:
-        model = FAMILIES[prefix].make(parsed)
-    elif name and _importable(prefix):
-        model = from_function(prefix, parsed)
-    else:
-        known = [*EMBEDDED, *UNTRAINED, *(f"{family}:{name or 'NAME'}" for family in FAMILIES)]
-        raise ValueError(f"No model '{spec}'.{nearest(spec, known)} There are: {', '.join(list_models())}.")
-    if checkpoint is not None:
+    names, sentences = (None if given is None else tuple(given) for given in (classes, templates))
+    fetch = pretrained and checkpoint is None
+    parsed = ModelSpec(spec, name, num_classes, fetch, names, sentences, tokenize, checkpoint)
+    model = _made(parsed)
+    if checkpoint is not None and not isinstance(model.model, TwoTowers):
         if brought := load_weights(model.model, checkpoint):
             model.normalise_by(*brought)
+        model.auxiliary = auxiliary_file.read(checkpoint)
         if prefix != "robustbench":  # there the spec names the weights, wherever the file is
             model.clean_error = None
     elif not pretrained:
@@ -112,20 +132,69 @@ def load_model(
     return model.eval()
 
 
+def reads_names(spec: str) -> bool:
+    """Whether a model classifies by the names of classes that it must be given."""
+    return spec.partition(":")[0] in TOWER_FAMILIES
+
+
+def _made(parsed: ModelSpec) -> ImageClassifier:
+    """The model of a spec, with the weights that the spec names."""
+    spec, (prefix, _, name) = parsed.text, parsed.text.partition(":")
+    if spec in TOWERS or (prefix in TOWER_FAMILIES and name):
+        return _of_towers(parsed)
+    if parsed.class_names or parsed.templates or parsed.tokenize:
+        forms = ", ".join([*TOWERS, *(family.form for family in TOWER_FAMILIES.values())])
+        raise ValueError(
+            f"classes=, templates= and tokenize= are for vision-language models ({forms}); '{spec}' has classes of its own."
+        )
+    if spec in EMBEDDED:
+        return _embedded(parsed)
+    if spec in UNTRAINED:
+        return _untrained(parsed)
+    if prefix in FAMILIES and name:
+        return FAMILIES[prefix].make(parsed)
+    if name and _importable(prefix):
+        return from_function(prefix, parsed)
+    known = [*EMBEDDED, *TOWERS, *UNTRAINED, *(f"{family}:{name or 'NAME'}" for family in (*FAMILIES, *TOWER_FAMILIES))]
+    raise ValueError(f"No model '{spec}'.{nearest(spec, known)} There are: {', '.join(list_models())}.")
+
+
+def _of_towers(parsed: ModelSpec) -> ImageClassifier:
+    """A vision-language model; num_classes says no more than the number of names, and is held to it."""
+    prefix = parsed.text.partition(":")[0]
+    make = TOWERS[prefix] if prefix in TOWERS else TOWER_FAMILIES[prefix].make
+    model = make(parsed)
+    names = len(model.class_names or [])
+    if parsed.num_classes not in (None, names):
+        raise ValueError(
+            f"num_classes={parsed.num_classes}, and '{parsed.text}' has {names} names of classes: give classes=[...]."
+        )
+    return model
+
+
 def list_models() -> dict[str, str]:
     """The embedded models and the forms of the other specs, each with a description of one line."""
     embedded = {name: (own.make.__doc__ or "").splitlines()[0] for name, own in EMBEDDED.items()}
     untrained = {name: network.line for name, network in UNTRAINED.items()}
-    families = {family.form: family.line for family in FAMILIES.values()}
-    return {**embedded, **untrained, **families, FUNCTION: "a function of yours that returns a network on [0, 1]"}
+    families = {family.form: family.line for family in (*FAMILIES.values(), *TOWER_FAMILIES.values())}
+    towers = {name: (make.__doc__ or "").splitlines()[0] for name, make in TOWERS.items()}
+    return {
+        **embedded,
+        **towers,
+        **untrained,
+        **families,
+        FUNCTION: "a function of yours that returns a network on [0, 1]",
+    }
 
 
 def _embedded(spec: ModelSpec) -> ImageClassifier:
-    make, file, clean_error = EMBEDDED[spec.text]
-    model = ImageClassifier(make(**spec.classes), HALF, HALF, spec.text, (32, 32), clean_error=clean_error)
+    make, file, clean_error, names, side = EMBEDDED[spec.text]
+    model = ImageClassifier(make(**spec.classes), HALF, HALF, spec.text, (side, side), clean_error=clean_error)
     if spec.fetch:
         with resources.as_file(resources.files("tta") / "weights" / file) as path:
             load_weights(model.model, path)
+            model.auxiliary = auxiliary_file.read(path)
+        model.named(names)
     return model
 
 

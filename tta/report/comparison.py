@@ -1,4 +1,4 @@
-"""Comparisons: results side by side, with the error per domain, the mean, and the difference to a baseline."""
+"""Comparisons: results side by side, with the score per domain (the error), the mean, and the difference to a baseline."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,10 +10,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from tta import tasks
 from tta.messages import plain
 from tta.report import tables
 from tta.report.tables import BASELINE, MEAN, ResultTable
 from tta.results import Interval, Result, compare_errors
+from tta.tasks import Score
 
 if TYPE_CHECKING:
     import pandas
@@ -27,7 +29,7 @@ class Run:
         label: the method, and the hyper-parameters in which it differs from other runs of the method.
         settings: those that differ between the compared runs (stream, seed, reset ...).
         result: the result of the run.
-        difference: its mean error minus the baseline's, percentage points; None for the baseline itself or without one.
+        difference: its mean score minus the baseline's, in the score's unit; None for the baseline itself or without one.
         interval: of that difference; None without predictions.
     """
 
@@ -41,9 +43,13 @@ class Run:
         """The difference with its interval: ``-12.3 [-13.1, -11.5]``."""
         if self.difference is None:
             return "-"
-        if self.interval is None:
-            return tables.signed(self.difference)
-        return f"{tables.signed(self.difference)} [{tables.signed(self.interval.low)}, {tables.signed(self.interval.high)}]"
+        shown = [self._signed(self.difference)]
+        if self.interval is not None:
+            shown.append(f"[{self._signed(self.interval.low)}, {self._signed(self.interval.high)}]")
+        return " ".join(shown)
+
+    def _signed(self, value: float) -> str:
+        return tables.signed(value, tasks.find(self.result.task).shown)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +67,29 @@ class Group:
     runs: tuple[Run, ...]
 
     def best(self, column: str) -> str | None:
-        """The lowest error in a column, as the tables show it; None with fewer than two runs."""
-        values = [value for run in self.runs if (value := _error(run, column)) is not None]
-        return tables.number(min(values)) if len(values) > 1 else None
+        """The best score in a column (the lowest error), as the tables show it; None with fewer than two runs."""
+        values = [value for run in self.runs if (value := _score(run, column)) is not None]
+        choose = max if self.score.direction == "up" else min
+        shown = tasks.find(self.runs[0].result.task).shown
+        return shown(choose(values)) if len(values) > 1 else None
+
+    @property
+    def score(self) -> Score:
+        """The score of the first run: its name and direction are those of all."""
+        return self.runs[0].result.score
+
+    @property
+    def unit(self) -> str:
+        """Unit of the score, as it follows the name: `` in %``, or nothing."""
+        unit = tasks.find(self.runs[0].result.task).unit
+        return f" in {unit}" if unit else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(ResultTable):
-    """Runs side by side: error per domain, their mean, the difference to a baseline. Print it, or write it as a table.
+    """Runs side by side: score per domain, their mean, the difference to a baseline. Print it, or write it as a table.
+
+    The score is the error of a classifier, the mIoU of maps, the MAE of regression (:attr:`tta.Result.score`).
 
     Runs on different streams, seeds or source models are kept apart: no number in it is an average over runs.
 
@@ -103,7 +124,7 @@ class Comparison(ResultTable):
         return pandas.DataFrame(self._records(), columns=self._header())
 
     def to_markdown(self) -> str:
-        """A Markdown table, rows are methods; the lowest error of a column is bold."""
+        """A Markdown table, rows are methods; the best score of a column is bold."""
         align = (
             [":--"] * (len(self.varying) + 1)
             + ["--:"] * (len(self.domains) + 1)
@@ -116,7 +137,7 @@ class Comparison(ResultTable):
         return "\n".join([*lines, "", *map(tables.markdown, self.notes)]).strip() + "\n"
 
     def to_html(self) -> str:
-        """An HTML table, rows are methods; the lowest error of a column is bold.
+        """An HTML table, rows are methods; the best score of a column is bold.
 
         Varying settings that a group shares are in a row above it, the others below the method: as columns they would
         make the table wider than a page.
@@ -143,7 +164,7 @@ class Comparison(ResultTable):
         return f'<div class="wide">{table}</div>\n{notes}'
 
     def to_latex(self) -> str:
-        """A LaTeX table for the package booktabs, rows are methods; the lowest error of a column is bold."""
+        """A LaTeX table for the package booktabs, rows are methods; the best score of a column is bold."""
         columns = "l" * (len(self.varying) + 1) + "r" * (len(self.domains) + 1) + "l" * (self.baseline is not None)
         columns += "r" * len(self.metrics)
         blocks = [
@@ -169,7 +190,7 @@ class Comparison(ResultTable):
             title = " · ".join(
                 f"{name} {value}" if name != "stream" else value for name, value in group.settings.items()
             )
-            yield tables.terminal(f"Online error in %: {title}", style="bold")
+            yield tables.terminal(f"Online {group.score.name}{group.unit}: {title}", style="bold")
             yield from self._tables(group, options.max_width)
         for note in self.notes:
             yield tables.terminal(note, style="dim")
@@ -229,7 +250,7 @@ class Comparison(ResultTable):
         for run in self.runs:
             low, high = (run.interval.low, run.interval.high) if run.interval else (None, None)
             interval = [run.difference, low, high] if self.baseline else []
-            errors = [_error(run, column) for column in (*self.domains, MEAN)]
+            errors = [_score(run, column) for column in (*self.domains, MEAN)]
             metrics = [run.result.metric(name) for name in self.metrics]
             records.append([*run.settings.values(), run.label, *errors, *interval, run.result.seconds, *metrics])
         return records
@@ -348,7 +369,7 @@ def _comparable(result: Result) -> str:
     settings = _settings(result)
     images = {name: settings.get(name) for name in (*_stream_settings(result), "stream", "seed")}
     source = {name: settings.get(name) for name in ("model", "weights")}
-    return json.dumps([images, source], sort_keys=True)
+    return json.dumps([images, source, *([] if result.task == "classification" else [result.task])], sort_keys=True)
 
 
 def _distance(a: Mapping[str, str], b: Mapping[str, str]) -> int:
@@ -363,7 +384,8 @@ def _labels(results: Sequence[Result], places: Sequence[tuple[str, ...]]) -> lis
         configs = [other.config for other in results if other.method == result.method]
         keys = dict.fromkeys(key for config in configs for key in config)
         differing = [k for k in keys if len({json.dumps(c.get(k), sort_keys=True) for c in configs}) > 1]
-        words = [result.method, *(f"{key}={result.config[key]}" for key in differing if key in result.config)]
+        guarded = ["guarded"] * ("guard" in result.manifest)
+        words = [result.method, *guarded, *(f"{key}={result.config[key]}" for key in differing if key in result.config)]
         key = (place, *words)
         number = seen[key] = seen.get(key, 0) + 1
         labels.append(" ".join(words + [f"({number})"] * (number > 1)))
@@ -371,25 +393,29 @@ def _labels(results: Sequence[Result], places: Sequence[tuple[str, ...]]) -> lis
 
 
 def _difference(base: Result, other: Result) -> tuple[float | None, Interval | None, str | None]:
-    """Difference of the mean errors, its interval, and a remark on them."""
+    """Difference of the mean scores, its interval, and a remark on them."""
+    if base.task == other.task == "detection" and base.errors.keys() == other.errors.keys():
+        return other.score.value - base.score.value, None, "No interval of mAP, which is no mean over images."
     if base.predictions is None or other.predictions is None:
         if base.errors.keys() != other.errors.keys():
             return None, None, "No difference where a run has other domains and its predictions are not at hand."
-        return other.mean_error - base.mean_error, None, "No interval where predictions are not at hand."
+        return other.score.value - base.score.value, None, "No interval where predictions are not at hand."
     try:
         interval = compare_errors(base, other)
     except ValueError as error:
         return None, None, f"No difference for {other.method}: {error}"
-    partial = abs(interval.estimate - (other.mean_error - base.mean_error)) > 1e-6
+    partial = abs(interval.estimate - (other.score.value - base.score.value)) > 1e-6
     remark = f"{other.method}: the difference is over the images that both runs predicted." if partial else None
     return interval.estimate, interval, remark
 
 
 def _notes(baseline: str | None, runs: Sequence[Run], varying: Sequence[str]) -> Iterator[str]:
     if any(run.interval for run in runs):
-        yield (
-            f"vs {baseline}: difference of the mean error in percentage points [95 % interval, paired bootstrap over images]."
-        )
+        names = " or ".join(dict.fromkeys(run.result.score.name for run in runs))
+        points = " in percentage points" if all(tasks.find(run.result.task).unit == "%" for run in runs) else ""
+        yield f"vs {baseline}: difference of the mean {names}{points} [95 % interval, paired bootstrap over images]."
+    if any(run.result.task == "segmentation" for run in runs):
+        yield "mIoU: higher is better; summed over the images of a domain, void pixels left out; the mean is over domains."
     if varying:
         values = {name: dict.fromkeys(run.settings[name] for run in runs) for name in varying}
         listed = "; ".join(f"{name} ({', '.join(found)})" for name, found in values.items())
@@ -402,15 +428,15 @@ def _notes(baseline: str | None, runs: Sequence[Run], varying: Sequence[str]) ->
 # ---------------------------------------------------------------------- cells
 
 
-def _error(run: Run, column: str) -> float | None:
-    """The error in a column (a domain or the mean); None if there is none."""
-    value = run.result.mean_error if column == MEAN else run.result.errors.get(column)
+def _score(run: Run, column: str) -> float | None:
+    """The score in a column (a domain or the mean); None if there is none."""
+    value = run.result.score.value if column == MEAN else run.result.scores.get(column)
     return value if value is not None and value == value else None
 
 
 def _shown(run: Run, column: str, group: Group, bold: Callable[[str], str]) -> str:
-    value = _error(run, column)
-    text = "-" if value is None else tables.number(value)
+    value = _score(run, column)
+    text = "-" if value is None else tasks.find(run.result.task).shown(value)
     # Rounded numbers are compared: of two that look equal, one in bold would look like a mistake.
     return bold(text) if value is not None and text == group.best(column) else text
 

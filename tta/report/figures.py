@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tta.report import tables
+from tta.report import pictures, tables
 from tta.report.comparison import Run, compare
 from tta.report.schedule import new_figure
 from tta.results import Result
+from tta.tasks import Score, Task, find, mean_of_known
 
 if TYPE_CHECKING:
     import pandas
@@ -30,6 +31,8 @@ NAMED_FIRST = ("stream", "protocol", "model")  # others are named only if these 
 def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
     """Online error over the stream, one line per method; vertical lines separate domains if all runs have the same ones.
 
+    Triangles mark the alarms of a guard.
+
     Args:
         results: runs with their predictions; those that differ in the seed alone are averaged.
         window: each point is the error over the last ``window`` batches of its domain; left out, a fortieth of the stream.
@@ -39,8 +42,11 @@ def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
         ModuleNotFoundError: matplotlib is not installed.
     """
     runs = grouped(results)
+    if any(not find(result.task).of_classes for members in runs.values() for result in members):
+        raise ValueError("A curve is of online errors, wrong or right; draw a heatmap or pareto of these results.")
     figure = new_figure((10, _height(runs)))
     axes = figure.subplots()
+    alarms = {label: _alarms(members) for label, members in runs.items()}
     curves_of = {label: [result.curves for result in members] for label, members in runs.items()}
     bounds = _bounds([one for curves in curves_of.values() for one in curves])
     for (label, curves), style in zip(curves_of.items(), _styles(), strict=False):
@@ -48,15 +54,13 @@ def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
         lines = [_running(one, ends, window or math.ceil(len(one) / 40)) for one in curves]
         shortest = min(map(len, lines))
         arrived = np.cumsum(curves[0]["samples"].to_numpy())[:shortest]
-        axes.plot(
-            arrived,
-            np.nanmean([line[:shortest] for line in lines], 0),
-            label=tables.drawn(label),
-            linewidth=1.3,
-            **style,
-        )
+        error = np.nanmean([line[:shortest] for line in lines], 0)
+        (line,) = axes.plot(arrived, error, label=tables.drawn(label), linewidth=1.3, **style)
+        marked = [batch for batch in alarms[label] if batch < shortest]
+        axes.plot(arrived[marked], error[marked], "v", color=line.get_color(), markersize=6)
     _draw_bounds(axes, bounds)
-    axes.set(xlabel="images", ylabel="online error, %", ylim=(0, None))
+    what = "online error" if _measure(runs).name == "error" else "online error of the pixels"
+    axes.set(xlabel="images", ylabel=f"{what}, %", ylim=(0, None))
     axes.margins(x=0)
     _tidy(axes)
     _legend(axes, len(runs))
@@ -64,7 +68,7 @@ def curve(results: Iterable[Result], *, window: int | None = None) -> "Figure":
 
 
 def heatmap(results: Iterable[Result]) -> "Figure":
-    """Error of each method in each domain, methods sorted by their mean error.
+    """Score (error) of each method in each domain, the method with the best mean first.
 
     Raises:
         ValueError: no results.
@@ -72,19 +76,21 @@ def heatmap(results: Iterable[Result]) -> "Figure":
     """
     runs = grouped(results)
     means = {label: _mean(members) for label, members in runs.items()}
-    names = sorted(runs, key=lambda label: (math.isnan(means[label]), means[label]))
+    score = _measure(runs)
+    sign = -1 if score.direction == "up" else 1
+    names = sorted(runs, key=lambda label: (math.isnan(means[label]), sign * means[label]))
     domains = list(dict.fromkeys(row.domain for members in runs.values() for result in members for row in result.rows))
     table = np.array([[_mean(runs[name], domain) for domain in domains] + [means[name]] for name in names])
     figure = new_figure((2.2 + 0.52 * table.shape[1], 1.4 + 0.3 * len(names)))
     axes = figure.subplots()
-    _cells(axes, table, names, [*tables.shortened(domains), "mean"], tables.number)
+    _cells(axes, table, names, [*tables.shortened(domains), "mean"], _task(runs).shown)
     axes.axvline(len(domains) - 0.5, color="white", linewidth=4)
-    axes.set_title("online error, %", fontsize=9, loc="left")
+    axes.set_title(f"online {score.name}{_in_percent(runs)}", fontsize=9, loc="left")
     return figure
 
 
 def pareto(results: Iterable[Result], *, cost: str = "passes") -> "Figure":
-    """Mean error against cost, one numbered point per method; the line joins the methods that no other beats in both.
+    """Mean score (error) against cost, one numbered point per method; the line joins the methods that no other beats in both.
 
     Args:
         results: those that differ in the seed alone are averaged.
@@ -97,23 +103,30 @@ def pareto(results: Iterable[Result], *, cost: str = "passes") -> "Figure":
     """
     runs = grouped(results)
     found = {
-        label: (_mean_of(_cost(result, cost) for result in members), _mean(members)) for label, members in runs.items()
+        label: (mean_of_known(_cost(result, cost) for result in members), _mean(members))
+        for label, members in runs.items()
     }
     points = {label: point for label, point in found.items() if not math.isnan(sum(point))}
     if not points:
         raise ValueError(f"No result has the cost '{cost}': 'passes', 'seconds', or a metric such as 'peak_memory_mb'.")
-    names = sorted(points, key=lambda label: points[label][1])
+    score = _measure(runs)
+    sign = -1 if score.direction == "up" else 1
+    names = sorted(points, key=lambda label: sign * points[label][1])
     figure = new_figure((9, _height(names)))
     axes = figure.subplots()
     for number, (label, style) in enumerate(zip(names, _styles(), strict=False), start=1):
         x, y = points[label]
         axes.plot(x, y, "o", markersize=13, color=style["color"], markeredgecolor="white")
         axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=7, color="white")
-        axes.plot([], [], "o", color=style["color"], label=f"{number}  {tables.drawn(label)}  {tables.number(y)}")
-    front = np.array(_front(list(points.values())))
-    axes.step(front[:, 0], front[:, 1], where="post", color="0.6", linewidth=1, zorder=0)
+        axes.plot([], [], "o", color=style["color"], label=f"{number}  {tables.drawn(label)}  {_task(runs).shown(y)}")
+    front = np.array(_front([(x, sign * y) for x, y in points.values()]))
+    axes.step(front[:, 0], sign * front[:, 1], where="post", color="0.6", linewidth=1, zorder=0)
     words = {"passes": "forward and backward passes an image", "seconds": "seconds an image"}
-    axes.set(xscale="log", xlabel=words.get(cost, tables.drawn(cost.replace("_", " "))), ylabel="mean online error, %")
+    axes.set(
+        xscale="log",
+        xlabel=words.get(cost, tables.drawn(cost.replace("_", " "))),
+        ylabel=f"mean online {score.name}{_in_percent(runs)}",
+    )
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     _tidy(axes)
@@ -192,12 +205,32 @@ def grid(results: Iterable[Result]) -> "Figure":
     return figure
 
 
-FIGURES: dict[str, Callable[[Iterable[Result]], "Figure"]] = {
+def maps(results: Iterable[Result], *, frames: Sequence[int] | None = None, score: float = pictures.SCORE) -> "Figure":
+    """The pictures that runs of segmentation or detection kept: image, truth, and the prediction of each method.
+
+    Of runs that differ in the seed alone the first is shown.
+
+    Args:
+        results: of one stream.
+        frames: places in the stream of the pictures; left out, all that every result kept (the last one of up to eight domains).
+        score: of detection, boxes found with a lower one are left out.
+
+    Raises:
+        ValueError: no results, results without pictures or with others than asked for, or of several tasks or streams.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    runs = grouped(results)
+    _measure(runs)  # refuses several tasks
+    return pictures.draw({label: members[0] for label, members in runs.items()}, frames, score=score)
+
+
+FIGURES: dict[str, Callable[..., "Figure"]] = {
     "curve": curve,
     "heatmap": heatmap,
     "pareto": pareto,
     "calibration": calibration,
     "grid": grid,
+    "maps": maps,
 }
 
 
@@ -245,6 +278,8 @@ def reliability(results: Sequence[Result]) -> tuple[Floats, Floats, Floats]:
     Raises:
         ValueError: results without predictions, or written by an earlier version.
     """
+    if any(result.task != "classification" for result in results):
+        raise ValueError("A calibration is of one class an image, with its probability; these results have none.")
     if any(result.predictions is None for result in results):
         raise ValueError("A calibration needs predictions, which these results lack: run with --out.")
     kept = [result.predictions.select(result.predictions.known) for result in results if result.predictions]
@@ -258,12 +293,30 @@ def reliability(results: Sequence[Result]) -> tuple[Floats, Floats, Floats]:
 
 
 def _mean(results: Iterable[Result], domain: str | None = None) -> float:
-    return _mean_of(result.mean_error if domain is None else result.errors.get(domain, math.nan) for result in results)
+    return mean_of_known(
+        result.score.value if domain is None else result.scores.get(domain, math.nan) for result in results
+    )
 
 
-def _mean_of(values: Iterable[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+def _measure(runs: Mapping[str, Sequence[Result]]) -> Score:
+    """The score of the first run, whose name and direction are those of all.
+
+    Raises:
+        ValueError: results of several tasks, which no axis shows together.
+    """
+    results = [result for members in runs.values() for result in members]
+    if len(found := dict.fromkeys(result.task for result in results)) > 1:
+        raise ValueError(f"A figure is of results of one task; got {', '.join(found)}.")
+    return results[0].score
+
+
+def _task(runs: Mapping[str, Sequence[Result]]) -> Task:
+    """The task of the first run, which is that of all, see :func:`_measure`."""
+    return find(next(iter(runs.values()))[0].task)
+
+
+def _in_percent(runs: Mapping[str, Sequence[Result]]) -> str:
+    return ", %" if _task(runs).unit == "%" else ""
 
 
 def _cost(result: Result, cost: str) -> float:
@@ -294,6 +347,13 @@ def _bounds(curves: list["pandas.DataFrame"]) -> list[tuple[int, str]]:
         orders.append([[*group][-1] for _, group in itertools.groupby(arrived, key=lambda pair: pair[1])])
     same = all(order == orders[0] for order in orders)
     return orders[0] if same and len(orders[0]) <= 40 else []
+
+
+def _alarms(results: Iterable[Result]) -> list[int]:
+    """Batches in which a guard raised an alarm, of all runs."""
+    guarded = [result.metrics.get("guard") for result in results]
+    events = [event for one in guarded if isinstance(one, dict) for event in one.get("events", [])]
+    return sorted({event["batch"] for event in events if event["kind"] in ("alarm", "labelled")})
 
 
 def _running(curves: "pandas.DataFrame", ends: list[int], window: int) -> Floats:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from tta import tasks
 from tta.report import figures
 from tta.report.tables import ResultTable, html
 from tta.results import Result
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLES = {
+    "maps": "Pictures",
     "heatmap": "Error by domain",
     "curve": "Error over the stream",
     "pareto": "Error against cost",
@@ -51,7 +53,9 @@ def html_page(table: ResultTable, results: Sequence[Result], *, title: str = "Te
             Without the extra ``plot`` there are no figures, and the page says how to get them.
         title: title of the page.
     """
-    parts = [f"<h1>{html(title)}</h1>", "<h2>Online error in %</h2>", table.to_html()]
+    names = " and ".join(dict.fromkeys(result.score.name for result in results)) or "error"
+    in_percent = " in %" if all(tasks.find(result.task).unit == "%" for result in results) else ""
+    parts = [f"<h1>{html(title)}</h1>", f"<h2>Online {names}{in_percent}</h2>", table.to_html()]
     parts += [f"<h2>{html(name)}</h2>\n<figure>{svg}</figure>" for name, svg in _figures(results).items()]
     if find_spec("matplotlib") is None:
         parts.append("<p>Figures need matplotlib: pip install 'tta-toolkit[plot]', then write this page again.</p>")
@@ -74,7 +78,10 @@ def _figures(results: Sequence[Result]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, title in TITLES.items():
         try:
-            found[title] = _svg(figures.FIGURES[name](results))
+            figure = figures.FIGURES[name](results)
+            measure = results[0].score.name
+            is_error = measure == "error" or name == "curve"  # of maps the curve is of the errors of pixels
+            found[title if is_error else title.replace("Error", measure)] = _svg(figure)
         except (ValueError, ModuleNotFoundError):  # no grid, no predictions or no matplotlib
             continue
     return found

@@ -4,7 +4,7 @@ import html as markup
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -106,10 +106,10 @@ def number(value: float) -> str:
     return f"{value:.1f}"
 
 
-def signed(value: float) -> str:
-    """A difference with its sign; 0.0 without one."""
-    text = f"{value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
+def signed(value: float, write: Callable[[float], str] = number) -> str:
+    """A difference with its sign, without one if nothing of it is seen."""
+    text = write(abs(value))
+    return text if not float(text) else f"{'-' if value < 0 else '+'}{text}"
 
 
 def measured(value: float) -> str:

@@ -1,14 +1,16 @@
 """A run batch by batch: error, confidence and signs of collapse, as columns and as a Parquet file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tta.results.predictions import Predictions
+from tta.results import boxes, maps, numbers
+from tta.results.predictions import ACTIONS, Predictions
 
 NEEDED = ("batch", "seconds", "confidence", "entropy")  # optional columns of the predictions that curves need
+KINDS = (NEEDED, ("batch", "seconds", "value", "target"), ("batch", "seconds", "found", "truth"))  # or of other tasks
 # A histogram of fewer predictions than this does not show a collapse: the entropy of a single prediction is always 0.
 WINDOW = 100
 
@@ -38,14 +40,39 @@ def per_batch(predictions: Predictions, domains: Sequence[str]) -> dict[str, Any
         * ``class_entropy``, ``label_entropy``, ``largest_share``: entropy in nats of the predicted classes, of the true
           classes, and the share of the most frequent predicted class, over the batch or, if it is smaller, over the last
           100 samples. Class entropy well below label entropy is a collapse; if both are low, the stream is one-sided;
-        * ``seconds``: from the start of the run to the batch's logits (on a GPU: until they were requested).
+        * ``guard``: ``learned``, ``held`` (only predicted) or ``source`` (the source model answered); not without a guard;
+        * ``miou``: of maps alone, in percent; there ``error``, ``classes`` and the entropies of classes count pixels;
+        * ``seconds``: from the start of the run to the batch's logits (on a GPU: until they were requested);
+        * of regression only ``batch``, ``domain``, ``samples``, ``mae``, ``value`` (mean prediction), ``seconds``, ``guard``; of
+          detection ``boxes`` and ``score`` (of the highest box of each image, a mean) in place of the two in the middle.
 
     Raises:
         ValueError: the predictions lack those columns.
     """
     batch = predictions.column("batch")
     starts = np.flatnonzero(np.diff(batch, prepend=-1))
-    ends = np.append(starts[1:], len(batch))
+    return {
+        "batch": batch[starts],
+        "domain": [domains[number] for number in predictions.domain[starts]],
+        "samples": np.diff(np.append(starts, len(batch))),
+        **_own_columns(predictions)(predictions, starts),
+        "seconds": predictions.column("seconds")[starts],
+        **({} if predictions.guard is None else {"guard": [ACTIONS[action] for action in predictions.guard[starts]]}),
+    }
+
+
+def _own_columns(predictions: Predictions) -> Callable[[Predictions, NDArray[np.int64]], dict[str, Any]]:
+    """The function that makes the columns of the predictions' task alone."""
+    if predictions.confusion is not None:
+        return maps.per_batch
+    if predictions.value is not None:
+        return numbers.per_batch
+    return _of_classes if predictions.found is None else boxes.per_batch
+
+
+def _of_classes(predictions: Predictions, starts: NDArray[np.int64]) -> dict[str, Any]:
+    """Columns of one class an image."""
+    ends = np.append(starts[1:], len(predictions))
     spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
     known, wrong = predictions.known, predictions.known & ~predictions.correct
     scored = _sums(known, starts)
@@ -54,9 +81,6 @@ def per_batch(predictions: Predictions, domains: Sequence[str]) -> dict[str, Any
     signs = [_signs(predictions, known, min(start, max(0, end - WINDOW)), end) for start, end in spans]
     class_entropy, label_entropy, largest_share = zip(*signs, strict=True) if signs else ((), (), ())
     return {
-        "batch": batch[starts],
-        "domain": [domains[number] for number in predictions.domain[starts]],
-        "samples": ends - starts,
         "error": error,
         "confidence": _sums(predictions.column("confidence"), starts) / (ends - starts),
         "entropy": _sums(predictions.column("entropy"), starts) / (ends - starts),
@@ -64,7 +88,6 @@ def per_batch(predictions: Predictions, domains: Sequence[str]) -> dict[str, Any
         "class_entropy": np.array(class_entropy),
         "label_entropy": np.array(label_entropy),
         "largest_share": np.array(largest_share),
-        "seconds": predictions.column("seconds")[starts],
     }
 
 
@@ -77,8 +100,10 @@ def collapse(columns: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``entropy``, ``class_entropy``, ``label_entropy``, ``largest_share``: the means over the ``first`` and the
         ``last`` tenth of the batches; ``worst``: the batch whose class entropy is farthest below its label entropy, or
-        lowest if no label is known.
+        lowest if no label is known. Empty without classes.
     """
+    if "class_entropy" not in columns:
+        return {}
     batches = len(columns["batch"])
     tenth = max(1, batches // 10)
     found: dict[str, Any] = {
@@ -92,10 +117,13 @@ def collapse(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_parquet(columns: dict[str, Any], file: BinaryIO) -> None:
-    """Write the columns of :func:`per_batch` as a Parquet file; ``classes`` as a map from int32 to int32."""
+    """Write the columns of :func:`per_batch` as a Parquet file; ``classes``, if there, as a map from int32 to int32."""
     import pyarrow  # here, because it takes a quarter of a second and only runs that save need it
     from pyarrow import parquet
 
+    if "classes" not in columns:
+        parquet.write_table(pyarrow.table(columns), file)
+        return
     counts = pyarrow.array(
         [list(histogram.items()) for histogram in columns["classes"]], pyarrow.map_(pyarrow.int32(), pyarrow.int32())
     )

@@ -17,9 +17,11 @@ from torchmetrics.functional.classification import binary_auroc, binary_calibrat
 
 from tta import functional
 from tta.labels import UNKNOWN
+from tta.results import boxes, maps, numbers
 from tta.results.curves import histogram_entropy
 from tta.results.predictions import Predictions
 from tta.results.result import Row
+from tta.tasks import CLASSIFICATION, mean_of_known
 
 BINS = 15
 
@@ -61,19 +63,7 @@ def per_sample(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         log-probability of the label; ``brier``, the squared distance of the probabilities to the label's, in [0, 2].
         The last two are NaN for an unknown class; a label beyond the model's classes has probability 0.
     """
-    log_probabilities = logits.log_softmax(dim=1)
-    probabilities = log_probabilities.exp()
-    has_it = labels < logits.shape[1]
-    place = labels.clamp(0, logits.shape[1] - 1)[:, None]
-    of_label = torch.where(has_it, log_probabilities.gather(1, place)[:, 0], -torch.inf)
-    nll = torch.where(labels == UNKNOWN, torch.nan, -of_label)
-    return {
-        "prediction": logits.argmax(dim=1),
-        "confidence": probabilities.amax(dim=1),
-        "entropy": -(probabilities * log_probabilities).sum(dim=1),
-        "nll": nll,
-        "brier": probabilities.square().sum(dim=1) - 2 * (-nll).exp() + 1,
-    }
+    return CLASSIFICATION.columns(logits, labels)
 
 
 def balanced_error(prediction: Tensor, label: Tensor) -> float:
@@ -326,15 +316,22 @@ def summary(predictions: Predictions, rows: Sequence[Row], *, classes: int) -> d
     Returns:
         ``sample_weighted_error``, ``balanced_error``, ``ece``, ``nll``, ``brier``; with unknown classes in the stream
         ``auroc``, ``h_score``, ``h_score_otsu`` and the name of their ``outlier_score``; ``mce`` if it is defined;
-        ``domains``: the values in each domain.
+        ``domains``: the values in each domain. Of maps those of :func:`tta.results.maps.summary`, of regression
+        those of :func:`tta.results.numbers.summary`, of detection those of :func:`tta.results.boxes.summary`.
     """
+    if predictions.confusion is not None:
+        return maps.summary(predictions, [row.domain for row in rows])
+    if predictions.value is not None:
+        return numbers.summary(predictions, [row.domain for row in rows])
+    if predictions.found is not None:
+        return boxes.summary(predictions, rows)
     domains = {row.domain: of_domain(predictions.select(predictions.domain == n)) for n, row in enumerate(rows)}
     samples = sum(row.samples for row in rows)
     found: dict[str, Any] = {
         "sample_weighted_error": 100.0 * sum(row.errors for row in rows) / samples if samples else math.nan
     }
     for name in ("balanced_error", "ece", "nll", "brier", "auroc", "h_score", "h_score_otsu"):
-        found[name] = _mean(values[name] for values in domains.values() if name in values)
+        found[name] = mean_of_known(values[name] for values in domains.values() if name in values)
     if predictions.known.all():
         del found["auroc"], found["h_score"], found["h_score_otsu"]
     else:
@@ -392,11 +389,6 @@ def corruption_errors(rows: Iterable[Row], severity: int | None = None) -> dict[
             counts[0] += row.errors
             counts[1] += row.samples
     return {key: 100.0 * errors / samples for key, (errors, samples) in tally.items() if samples}
-
-
-def _mean(values: Iterable[float]) -> float:
-    defined = [value for value in values if not math.isnan(value)]
-    return math.fsum(defined) / len(defined) if defined else math.nan
 
 
 def _percent(which: Tensor) -> float:

@@ -9,6 +9,12 @@ from numpy.typing import NDArray
 
 from tta.labels import UNKNOWN
 
+# Of a guard with a batch: learn from it, only predict it, let the source model answer.
+ACTIONS = ("learned", "held", "source")
+SHAPES = {  # of columns that hold more than one number a sample
+    **dict.fromkeys(("value", "target"), ("samples", "values")),
+    **dict.fromkeys(("found", "truth"), ("samples", "most", "6")),
+}
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Scores = NDArray[np.floating[Any]]
@@ -17,15 +23,15 @@ Booleans = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictions:
-    """Every prediction of a run, in stream order. All arrays have shape (samples,); the first five are int64.
+    """Every prediction of a run, in stream order.
 
-    The arrays after ``prediction`` may be None: results of earlier versions were saved without them.
+    All arrays have the shape (samples,), but those with their shape below; the first five are int64. The arrays after ``prediction`` may be None: results of earlier versions were saved without them.
 
     Attributes:
         domain: position in the result's rows.
         index: number of the image in its source; the same image has the same number in every domain.
-        label: its class; -1 for an unknown class, which is left out of the errors.
-        prediction: the predicted class.
+        label: its class; -1 for an unknown class, which is left out of the errors, and for an image that has many or none.
+        prediction: the predicted class; -1 where the task predicts another thing.
         batch: number of the sample's batch.
         seconds: from the start of the run to the logits of the sample's batch.
         confidence: the highest probability.
@@ -33,6 +39,12 @@ class Predictions:
         nll: minus the log-probability of the label; NaN for an unknown class.
         brier: squared distance of the probabilities to the label's; NaN for an unknown class.
         outlier_score: the method's own, higher = more likely an unknown class; None if it gives none.
+        guard: what the guard did with the sample's batch, a place in :data:`ACTIONS`; None without a guard.
+        confusion: (samples, classes, classes), int32, of maps: pixels of the image by true, then predicted class, void left
+            out. ``confidence`` and ``entropy`` are then means over pixels of the image.
+        found, truth: (samples, most, 6), of detection: left, top, right, bottom, class, then the score of a box found, and whether
+            a true box is a crowd; NaN in the rows behind the last box of an image.
+        value, target: (samples, values), of regression: the predicted and the true numbers; NaN where these are not known.
     """
 
     domain: Integers
@@ -46,9 +58,15 @@ class Predictions:
     nll: Scores | None = None
     brier: Scores | None = None
     outlier_score: Scores | None = None
+    guard: Integers | None = None
+    confusion: NDArray[np.int32] | None = None
+    value: Scores | None = None
+    target: Scores | None = None
+    found: Scores | None = None
+    truth: Scores | None = None
 
     def __post_init__(self) -> None:
-        for name in ("domain", "index", "label", "prediction", "batch"):
+        for name in ("domain", "index", "label", "prediction", "batch", "guard"):
             if getattr(self, name) is None:
                 continue
             values = np.asarray(getattr(self, name))
@@ -56,12 +74,27 @@ class Predictions:
                 raise ValueError(f"{name}: expected integers of shape (samples,); got {values.dtype} {values.shape}.")
             object.__setattr__(self, name, values.astype(np.int64))
         for name, values in self.columns():
-            if values.ndim != 1 or values.dtype.kind not in "iuf":
+            if name == "confusion":
+                self._check_confusion(values)
+            elif name in SHAPES:
+                if values.ndim != len(SHAPES[name]) or values.dtype.kind != "f":
+                    raise ValueError(
+                        f"{name}: expected floating-point numbers of shape ({', '.join(SHAPES[name])}); got {values.dtype} "
+                        f"{values.shape}."
+                    )
+            elif values.ndim != 1 or values.dtype.kind not in "iuf":
                 raise ValueError(f"{name}: expected numbers of shape (samples,); got {values.dtype} {values.shape}.")
         lengths = {name: len(values) for name, values in self.columns()}
         if len(set(lengths.values())) > 1:
             found = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise ValueError(f"Predictions need arrays of one length; got {found}.")
+
+    def _check_confusion(self, values: NDArray[Any]) -> None:
+        if values.ndim != 3 or values.shape[1] != values.shape[2] or values.dtype.kind not in "iu":
+            raise ValueError(
+                f"confusion: expected integers of shape (samples, classes, classes); got {values.dtype} {values.shape}."
+            )
+        object.__setattr__(self, "confusion", values.astype(np.int32))
 
     def __len__(self) -> int:
         return len(self.label)

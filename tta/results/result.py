@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tta import places
+from tta import places, tasks
 from tta.messages import plain
 from tta.results import curves
+from tta.results import frames as frames_of
+from tta.results.frames import Frame
 from tta.results.predictions import Predictions
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 KEYS = ("schema", "method", "stream", "seed", "reset", "rows", "config", "manifest", "seconds", "skipped_updates")
 TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("method", "stream", "reset"), (str,)),
+    **dict.fromkeys(("method", "stream", "reset", "task"), (str,)),
     **dict.fromkeys(("seed", "skipped_updates"), (int,)),
     **dict.fromkeys(("config", "manifest", "metrics"), (dict,)),
     "seconds": (int, float),
@@ -40,13 +42,16 @@ class Row:
 
     Attributes:
         domain: its name.
-        samples: number of scored samples; those of an unknown class are not scored.
+        samples: number of scored samples; those of an unknown class are not scored. Of maps, pixels.
         errors: number of wrong predictions among them.
+        sums: further sums that the score of the task is made of, see :class:`tta.tasks.Tally`; of maps ``"confusion"``, lists
+            of pixels by true, then predicted class.
     """
 
     domain: str
     samples: int
     errors: int
+    sums: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.domain, str):
@@ -59,7 +64,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Online error in percent; NaN if no sample was scored."""
+        """Online error in percent, of maps that of the pixels; NaN if no sample was scored."""
         return 100.0 * self.errors / self.samples if self.samples else math.nan
 
 
@@ -82,6 +87,9 @@ class Result:
         skipped_updates: updates skipped because a loss or gradient was not finite.
         metrics: further measurements, see :func:`tta.evaluate`; empty in results of earlier versions.
         predictions: all predictions; not compared, and saved beside the JSON.
+        task: name of the task, see :mod:`tta.tasks`; results of earlier versions are of classification.
+        frames: some pictures of a run of maps or boxes, for :func:`tta.report.figures.maps`; not compared, and saved beside the
+            JSON.
 
     Raises:
         ValueError: a repeated domain, negative or non-finite seconds, or predictions with other counts than the rows.
@@ -98,12 +106,15 @@ class Result:
     skipped_updates: int = 0
     metrics: Mapping[str, Any] = field(default_factory=dict, hash=False)
     predictions: Predictions | None = field(default=None, compare=False)
+    task: str = "classification"
+    frames: tuple[Frame, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "config", _plain(self.config))
         object.__setattr__(self, "manifest", _plain(self.manifest))
         object.__setattr__(self, "metrics", _plain(self.metrics))
+        tasks.find(self.task)
         names = [row.domain for row in self.rows]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"A result has one row a domain; repeated: {', '.join(repeated)}.")
@@ -115,6 +126,11 @@ class Result:
     def _check(self, predictions: Predictions) -> None:
         if len(predictions) and not 0 <= predictions.domain.min() <= predictions.domain.max() < len(self.rows):
             raise ValueError(f"predictions.domain is a position in the {len(self.rows)} rows; got others.")
+        if self.task != "classification":
+            for number, row in enumerate(self.rows):
+                if not tasks.find(self.task).agrees(row, predictions.select(predictions.domain == number)):
+                    raise ValueError(f"Domain '{row.domain}': the row and the predictions come from different runs.")
+            return
         scored = predictions.domain[predictions.known]
         wrong = predictions.domain[predictions.known & ~predictions.correct]
         samples, errors = (np.bincount(values, minlength=len(self.rows)) for values in (scored, wrong))
@@ -127,21 +143,37 @@ class Result:
 
     @property
     def errors(self) -> dict[str, float]:
-        """Online error of each domain in percent, in the order of arrival."""
-        return {row.domain: row.error for row in self.rows}
+        """Online error of each domain in percent, in the order of arrival; NaN where the task has no wrong and right."""
+        wrong = tasks.find(self.task).of_classes
+        return {row.domain: row.error if wrong else math.nan for row in self.rows}
 
     @property
     def mean_error(self) -> float:
         """Mean online error in percent: the unweighted mean over domains, as the papers report.
 
-        Every domain counts the same, whatever its number of samples; one without scored samples does not count.
+        Every domain counts the same, whatever its number of samples; one without scored samples does not count. NaN where the
+        task has no wrong and right: :attr:`score` is the number there.
         """
-        errors = [row.error for row in self.rows if row.samples]
-        return math.fsum(errors) / len(errors) if errors else math.nan
+        return tasks.mean_of_known(self.errors.values())
+
+    @property
+    def score(self) -> tasks.Score:
+        """The number that the run is judged by: its name, value, and whether more (``"up"``) or less (``"down"``) is better.
+
+        Mean error in percent of a classifier; of maps the mean over domains of the mIoU in percent, where intersections and
+        unions are summed over the images of a domain and void pixels are left out; of regression that of the mean absolute
+        error, in the unit of the labels.
+        """
+        return tasks.find(self.task).score(self.rows)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The score of each domain, in the order of arrival: :attr:`errors` of a classifier."""
+        return {row.domain: tasks.find(self.task).value(row) for row in self.rows}
 
     @property
     def samples(self) -> int:
-        """Samples scored, over all domains."""
+        """Samples scored, over all domains; of maps, pixels."""
         return sum(row.samples for row in self.rows)
 
     def metric(self, name: str) -> float | None:
@@ -174,13 +206,19 @@ class Result:
             "stream": self.stream,
             "seed": self.seed,
             "reset": self.reset,
+            "task": self.task,
+            "score": self.score._asdict(),
             "mean_error": self.mean_error,
             "errors": self.errors,
             "samples": self.samples,
             "seconds": self.seconds,
             "skipped_updates": self.skipped_updates,
             "metrics": self.metrics,
-            "rows": [{"domain": row.domain, "samples": row.samples, "errors": row.errors} for row in self.rows],
+            "rows": [
+                {"domain": row.domain, "samples": row.samples, "errors": row.errors}
+                | ({"sums": row.sums} if row.sums else {})
+                for row in self.rows
+            ],
             "config": self.config,
             "manifest": self.manifest,
         }
@@ -212,6 +250,7 @@ class Result:
             raise ValueError(f"Not a result: a row has domain, samples and errors ({error}).") from None
         fields = {key: found[key] for key in KEYS if key not in ("schema", "rows")}
         fields["metrics"] = found.get("metrics", {})
+        fields["task"] = found.get("task", "classification")
         for key, value in fields.items():
             if not isinstance(value, TYPES[key]) or isinstance(value, bool):
                 kinds = " or ".join(kind.__name__ for kind in TYPES[key])
@@ -221,8 +260,8 @@ class Result:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``result.json``, and with predictions also ``predictions.npz`` and ``curves.parquet``.
 
-        The Parquet file holds :attr:`curves` for other programs. Each file appears complete or not at all, ``result.json``
-        last.
+        The Parquet file holds :attr:`curves` for other programs; ``frames.npz`` the pictures that were kept, if any. Each file
+        appears complete or not at all, ``result.json`` last.
 
         Args:
             folder: created if it does not exist; an existing result in it is replaced.
@@ -232,30 +271,34 @@ class Result:
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        arrays, table = target / "predictions.npz", target / "curves.parquet"
+        arrays, table, kept = target / "predictions.npz", target / "curves.parquet", target / "frames.npz"
         columns: dict[str, Any] = {} if self.predictions is None else dict(self.predictions.columns())
         if columns:
             places.write(arrays, lambda stream: np.savez_compressed(stream, **columns))
         else:
             arrays.unlink(missing_ok=True)
-        if self.predictions is not None and columns.keys() >= set(curves.NEEDED):
+        if self.predictions is not None and any(columns.keys() >= set(needed) for needed in curves.KINDS):
             by_batch = curves.per_batch(self.predictions, [row.domain for row in self.rows])
             places.write(table, lambda stream: curves.write_parquet(by_batch, stream))
         else:
             table.unlink(missing_ok=True)
+        if self.frames:
+            places.write(kept, lambda stream: frames_of.save(self.frames, stream))
+        else:
+            kept.unlink(missing_ok=True)
         text = self.to_json().encode()
         return places.write(target / "result.json", lambda stream: stream.write(text))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Result":
-        """The result that :meth:`save` wrote, with its predictions if they are beside it.
+        """The result that :meth:`save` wrote, with its predictions and frames if they are beside it.
 
         Args:
             path: the folder, or the ``result.json`` in it.
 
         Raises:
             FileNotFoundError: no result there.
-            ValueError: not a result, see :meth:`from_json`, or predictions of another run.
+            ValueError: not a result, see :meth:`from_json`, damaged frames, or predictions of another run.
         """
         file = Path(path)
         file = file / "result.json" if file.is_dir() else file
@@ -269,6 +312,7 @@ class Result:
             raise ValueError(f"{file}: Not a result: not a text ({error}).") from error
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        result = replace(result, frames=_frames_beside(file))
         arrays = file.with_name("predictions.npz")
         if not arrays.is_file():
             return result
@@ -287,14 +331,31 @@ class Result:
 
     def __str__(self) -> str:
         return plain(
-            f"{self.method} on {self.stream}: mean error {self.mean_error:.1f} % over {len(self.rows)} domains"
+            f"{self.method} on {self.stream}: mean {self.score.name} {self._shown()} over {len(self.rows)} domains"
         )
+
+    def _shown(self) -> str:
+        task = tasks.find(self.task)
+        return f"{task.shown(self.score.value)} {task.unit}".strip()
 
     def __repr__(self) -> str:
         return (
             f"Result(method={self.method!r}, stream={self.stream!r}, seed={self.seed}, reset={self.reset!r}, "
-            f"mean_error={self.mean_error:.2f}, domains={len(self.rows)}, samples={self.samples})"
+            f"{'mean_error' if self.score.name == 'error' else self.score.name}={self.score.value:.2f}, domains={len(self.rows)}, samples={self.samples})"
         )
+
+
+def _frames_beside(file: Path) -> tuple[Frame, ...]:
+    """The frames beside a ``result.json``; none where there is no such file."""
+    kept = file.with_name("frames.npz")
+    if not kept.is_file():
+        return ()
+    try:
+        return frames_of.load(kept)
+    except Exception as error:  # a damaged file makes zip and numpy raise anything
+        raise ValueError(
+            f"{kept}: not the frames of a result ({_first_line(error)}). Without this file the result is read without its pictures."
+        ) from error
 
 
 def find_results(
@@ -370,7 +431,10 @@ def differences(a: Result, b: Result) -> dict[str, tuple[Any, Any]]:
 
 def _comparable(result: Result) -> dict[str, Any]:
     """The fields of a result that are compared, each once: first settings, then findings."""
-    found = {"skipped_updates": result.skipped_updates, "mean_error": result.mean_error, "errors": result.errors}
+    found: dict[str, Any] = {"skipped_updates": result.skipped_updates}
+    found |= {"mean_error": result.mean_error, "errors": result.errors}
+    if result.task != "classification":
+        found |= {"task": result.task, "score": result.score._asdict(), "scores": result.scores}
     metrics = {key: value for key, value in result.metrics.items() if key not in MEASURED}
     settings = {key: getattr(result, key) for key in ("method", "stream", "seed", "reset", "config")}
     rest = {key: value for key, value in result.manifest.items() if key not in settings}

@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tta import taps
-from tta.functional import batch_moments, entropy, logits_of
+from tta import taps, tasks
+from tta.distributed import ALONE, Workers
+from tta.functional import entropy
 from tta.memory import RunningGaussian
 from tta.source import shift
 
 SourceBatch: TypeAlias = tuple[Tensor, Tensor | None]  # images (batch, 3, height, width) float; labels (batch,) or None
 Known: TypeAlias = dict[str, Tensor]
 Recorder: TypeAlias = Generator[None, SourceBatch | None, Known]
+
+
+SPREAD = 1e-4  # of features, relative to their size: below it a float32 covariance is mostly rounding; trained networks have 0.1
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ def activation_moments(model: nn.Module, need: Need) -> Recorder:
     """Mean and variance over the batch at every location of every layer, averaged over batches.
 
     Each batch counts the same and gives its unbiased variance, as in the code released with ActMAD; a trailing batch of
-    one image has no variance and is left out.
+    one image has no variance and is left out. So is a layer that the forward does not reach, as those of the auxiliary
+    heads of a GoogLeNet.
 
     Returns:
         ``<layer>.mean`` and ``<layer>.var`` in the layer's shape without its batch dimension; ``image_shape`` (3,).
@@ -73,8 +78,8 @@ def activation_moments(model: nn.Module, need: Need) -> Recorder:
             continue
         with torch.no_grad(), taps.activations(model, need.layers, lambda x: layer_moments(x, rectified)) as seen:
             model(images)
-        if unreached := [name for name in need.layers if name not in seen]:
-            raise ValueError(f"A forward pass never reaches layer '{unreached[0]}': leave it out of the layers.")
+        if not seen:
+            raise ValueError(f"A forward pass reaches none of the {len(need.layers)} layers, as '{need.layers[0]}'.")
         now = {f"{name}.mean": mean for name, (mean, _) in seen.items()}
         now |= {f"{name}.var": var for name, (_, var) in seen.items()}
         shapes = {name: value.shape for name, value in now.items()}
@@ -160,10 +165,40 @@ def class_gaussians(model: nn.Module, need: Need) -> Recorder:
         classes.add(features, F.one_hot(labels, logits.shape[1]).bool())
         total.add(features, torch.ones_like(features[:, :1], dtype=torch.bool))
     assert classes is not None
+    _require_spread(total)
     known = {"class_mean": classes.mean, "class_covariance": classes.covariance, "class_count": classes.count}
     if need.settings.get("covariance") == "none":
         del known["class_covariance"]
     return {**known, "mean": total.mean[0], "covariance": total.covariance[0]}
+
+
+def feature_subspace(model: nn.Module, need: Need) -> Recorder:
+    """Principal directions of the features, the input of the layer named, and the unbiased variance along each.
+
+    Setting ``components`` is their largest number. Directions whose variance is rounding are left out.
+
+    Adachi et al., "Test-time Adaptation for Regression by Subspace Alignment", ICLR 2025.
+
+    Returns:
+        ``mean`` (width,); ``basis`` (width, directions), orthonormal columns; ``variance`` (directions,), the largest first.
+    """
+    total: RunningGaussian | None = None
+    while (batch := (yield)) is not None:
+        with torch.no_grad(), taps.inputs(model, need.layers[0]) as seen:
+            model(batch[0])
+        if not seen:
+            raise ValueError(f"A forward pass never reaches layer '{need.layers[0]}', whose input the features are.")
+        features = seen[-1].double()  # a covariance in float32 loses the small directions
+        if total is None:
+            mean = torch.zeros_like(features[:1])
+            total = RunningGaussian(mean, mean[..., None] * mean[:, None])
+        total.add(features, torch.ones_like(features[:, :1], dtype=torch.bool))
+    assert total is not None
+    _require_spread(total)
+    images = float(total.count)
+    variance, basis = torch.linalg.eigh(total.covariance[0] * (images / (images - 1)))
+    kept = (variance > SPREAD**2 * variance[-1]).nonzero()[:, 0].flip(0)[: need.settings["components"]]
+    return {"mean": total.mean[0].float(), "basis": basis[:, kept].float(), "variance": variance[kept].float()}
 
 
 def fisher(model: nn.Module, need: Need) -> Recorder:
@@ -171,6 +206,8 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
 
     The square of a batch's *mean* gradient, averaged over batches: it shrinks as the batch grows, so the weight of a
     penalty depends on the batch size. A batch of one is left out if layers normalise by the batch.
+
+    Of maps it is of the mean over all pixels of a batch.
 
     Niu et al., "Efficient Test-Time Model Adaptation without Forgetting", ICML 2022.
 
@@ -189,7 +226,7 @@ def fisher(model: nn.Module, need: Need) -> Recorder:
         images, _ = batch
         if len(images) < 2 and need.statistics == "batch":
             continue
-        logits = logits_of(model(images))
+        logits = tasks.read(model(images), images)
         gradients = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), parameters, allow_unused=True)
         total = [t if g is None else t + g.square() for t, g in zip(total, gradients, strict=True)]
         batches += 1
@@ -223,6 +260,31 @@ def replay(model: nn.Module, need: Need) -> Recorder:
     return {"images": torch.stack([i for i, _ in kept]), "labels": torch.stack([label.long() for _, label in kept])}
 
 
+def labelled_features(model: nn.Module, need: Need) -> Recorder:
+    """Features, the input of the layer named, with the labels of their images; a file of them holds what the model saw.
+
+    Setting ``samples`` is the size of the random sample that is kept; if there are fewer images, all are kept.
+
+    Returns:
+        ``features`` (images, width), float32, and ``labels`` (images,), int64, in the order of the images.
+    """
+    generator = torch.Generator().manual_seed(0)
+    head: Any = model.get_submodule(need.layers[0])
+    kept: tuple[Tensor, ...] | None = None  # features, labels, and a random number for each image
+    while (batch := (yield)) is not None:
+        assert batch[1] is not None
+        features, _ = _features(model, need, batch[0])
+        _require_known(batch[1], int(head.out_features))
+        draws = torch.rand(len(features), generator=generator, dtype=torch.float64).to(features.device)
+        now = (features, batch[1].long(), draws)
+        kept = now if kept is None else tuple(torch.cat(parts) for parts in zip(kept, now, strict=True))
+        if len(kept[2]) > need.settings["samples"]:  # those of the smallest numbers
+            chosen = kept[2].topk(need.settings["samples"], largest=False).indices.sort().values
+            kept = tuple(part[chosen] for part in kept)
+    assert kept is not None
+    return {"features": kept[0], "labels": kept[1]}
+
+
 def shift_network(model: nn.Module, need: Need) -> Recorder:
     """The weights of a :class:`tta.source.shift.ShiftNetwork`, trained on the features and labels of all source images.
 
@@ -237,8 +299,7 @@ def shift_network(model: nn.Module, need: Need) -> Recorder:
         known.append((features, batch[1]))
         classes = logits.shape[1]
     features, labels = (torch.cat(parts) for parts in zip(*known, strict=True))
-    if not ((labels >= 0) & (labels < classes)).all():
-        raise ValueError(f"A source label lies outside 0 to {classes - 1}, the classes of the model.")
+    _require_known(labels, classes)
     prior = torch.bincount(labels, minlength=classes) / len(labels)
     network = shift.train(features, labels, prior, model.get_submodule(need.layers[0]), **need.settings)
     return {**network.state_dict(), "prior": prior}
@@ -252,22 +313,40 @@ KINDS: Mapping[str, Callable[[nn.Module, Need], Recorder]] = {
         token_moments,
         class_moments,
         class_gaussians,
+        feature_subspace,
         fisher,
         replay,
+        labelled_features,
         shift_network,
     )
 }
 
 
-def layer_moments(x: Tensor, rectified: bool) -> tuple[Tensor, Tensor]:
-    """:func:`~tta.functional.batch_moments` of a layer's output, or of its output after a ReLU."""
-    return batch_moments(x.relu() if rectified else x)
+def layer_moments(x: Tensor, rectified: bool, workers: Workers = ALONE) -> tuple[Tensor, Tensor]:
+    """:func:`~tta.functional.batch_moments` of a layer's output, or of its output after a ReLU, over all workers."""
+    return workers.batch_moments(x.relu() if rectified else x)
 
 
 def _features(model: nn.Module, need: Need, images: Tensor) -> tuple[Tensor, Tensor]:
     (layer,) = need.layers
     with torch.no_grad():
         return taps.look(model, layer, images)
+
+
+def _require_known(labels: Tensor, classes: int) -> None:
+    if not ((labels >= 0) & (labels < classes)).all():
+        raise ValueError(f"A source label lies outside 0 to {classes - 1}, the classes of the model.")
+
+
+def _require_spread(features: RunningGaussian) -> None:
+    """Raise a ValueError if features are the same for all images, to rounding: the inverse of their covariance is noise."""
+    size = float(features.mean.square().mean().sqrt())
+    deviation = float(features.covariance.diagonal(dim1=-2, dim2=-1).mean().clamp(min=0).sqrt())
+    if deviation <= SPREAD * size:
+        raise ValueError(
+            f"The features of the source images hardly differ from image to image: by {deviation:.1g}, of a size of "
+            f"{size:.1g}. A Gaussian cannot be fitted to them. Pass source images that differ, and a model that is trained."
+        )
 
 
 def _mean_and_std(features: Tensor) -> Known:

@@ -3,7 +3,6 @@
 A method declares a :class:`~tta.source.kinds.Need` for each kind; all share the pass, so that images are decoded once.
 """
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tta import fingerprint, norms
+from tta import caches, fingerprint, norms
 from tta.source.kinds import KINDS, Known, Need, SourceBatch
 
 BATCH_SIZE = 64
@@ -281,7 +280,8 @@ def _checked(batch: Any) -> SourceBatch:
 
 
 def _copy(model: nn.Module, statistics: str) -> nn.Module:
-    duplicate = copy.deepcopy(model).eval().requires_grad_(False)
+    duplicate = caches.copied(model).eval().requires_grad_(False)
+    caches.forget(duplicate)
     if statistics == "batch":
         for _, layer in norms.named_layers(duplicate, norms.BATCH_NORMS):
             norms.use_batch_statistics(layer)
