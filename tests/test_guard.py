@@ -2,18 +2,14 @@
 
 import logging
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import tta
 from tta.guard import Guard, Monitor, harm
-from tta.guard.bounds import LowerBound
 from tta.guard.stuck import StuckInput
 from tta.methods import find
 
@@ -34,64 +30,8 @@ QUICK = {
     "ttt_mae": {"copies": 2, "source_steps": 1, "width": 4},
 }
 VIT = ("dpcore", "foa")
-ALARM = {"tolerance": -0.6, "hold": 2}  # below the smallest harm: every comparison with enough images is an alarm
+ALARM = {"tolerance": -2.0, "hold": 2}  # far below the smallest harm: every comparison is an alarm
 CALM = {"tolerance": 1.0}
-
-
-def bound_of(values, level=0.05, low=0.0, high=1.0):
-    bound = LowerBound(level, low, high)
-    bound.update(np.asarray(values, dtype=np.float64))
-    return bound
-
-
-# ---------------------------------------------------------------------- bounds
-
-
-def test_bound_equals_the_formula_written_as_a_loop():
-    values = np.random.default_rng(0).beta(2, 5, 50)
-    total, squares, bets, weighted, price = 0.0, 0.0, 0.0, 0.0, 0.0
-    for t, x in enumerate(values, 1):
-        mean_before, variance_before = (0.5 + total) / t, (0.25 + squares) / t
-        bet = min(np.sqrt(2 * np.log(20) / (variance_before * t * np.log(t + 1))), 0.75)
-        bets, weighted = bets + bet, weighted + bet * x
-        price += 4 * (x - mean_before) ** 2 * (-np.log(1 - bet) - bet) / 4
-        total += x
-        squares += (x - (0.5 + total) / (t + 1)) ** 2
-    assert bound_of(values).value == pytest.approx((weighted - np.log(20) - price) / bets)
-
-
-@given(st.lists(st.floats(-0.5, 1.0), min_size=2, max_size=60), st.integers(1, 59))
-@settings(deadline=None, max_examples=50)
-def test_pieces_give_what_the_whole_gives(values, cut):
-    whole, pieces = bound_of(values, low=-0.5), LowerBound(0.05, -0.5, 1.0)
-    for piece in (values[:cut], values[cut:]):
-        pieces.update(np.array(piece))
-    assert pieces.value == pytest.approx(whole.value)
-    assert whole.value <= whole.mean + 1e-9
-
-
-@pytest.mark.parametrize("share", [0.05, 0.5])
-def test_bound_is_seldom_ever_above_the_mean(share):
-    draws = np.random.default_rng(1).random((400, 600)) < share
-    above = 0
-    for row in draws:
-        bound = LowerBound(0.05, 0.0, 1.0)
-        found = []
-        for values in np.split(row.astype(float), 60):
-            bound.update(values)
-            found.append(bound.value)
-        above += max(found) > share
-    assert above / 400 <= 0.05  # about 0.5 to 2 % are seen: the bound is cautious
-
-
-def test_bound_finds_a_mean():
-    values = np.random.default_rng(2).normal(0.6, 0.1, 500).clip(0, 1)
-    assert 0.5 < bound_of(values).value < 0.6
-
-
-def test_bound_refuses_values_out_of_range():
-    with pytest.raises(ValueError, match=r"between 0.0 and 1.0; got 0.5 to 2.0"):
-        bound_of([0.5, 2.0])
 
 
 # ---------------------------------------------------------------------- monitor

@@ -62,7 +62,7 @@ def test_pictures_are_counted_and_their_classes_are_shares():
     monitor = Monitor(5, 0.05, 0.02)
     adapted, source = maps(0), maps(1)
     monitor.update(adapted, source)
-    assert monitor.bound.count == monitor.seen == 3
+    assert monitor.test.count == monitor.seen == 3
     torch.testing.assert_close(monitor.predicted.sum(1), torch.full((2,), 3.0, dtype=torch.float64))
     expected = torch.bincount(source.argmax(1).flatten(), minlength=5) / 42
     torch.testing.assert_close(monitor.predicted[1], expected.double())

@@ -47,13 +47,16 @@ def test_the_money_follows_the_rule_written_over_all_values():
     assert found.mean == pytest.approx(weights @ values / weights.sum())
 
 
-@pytest.mark.parametrize("kind", ["at the threshold", "good, then at the threshold", "answers follow the money"])
+@pytest.mark.parametrize("kind", ["at the threshold", "good, then at the threshold", "answers follow the money", "scores"])
 def test_what_is_not_there_is_seldom_found(kind):
     """At a level of 10 % in 300 streams, whatever the past does to values whose mean never is above the threshold."""
     draws, found = np.random.default_rng(1), 0
     for _ in range(300):
-        bet = Bet(0.1, 0.02)
+        bet = Bet(0.1, 0.02, low=-0.5 if kind == "scores" else -1.0)
         for t, u in enumerate(draws.random(300)):
+            if kind == "scores":  # the two ends of the range are as far as values can spread
+                bet.add(1 if u < 0.52 / 1.5 else -0.5)
+                continue
             low = kind == "good, then at the threshold" and t < 150
             wide = 0.9 if kind == "answers follow the money" and bet.money > 1 else 0.3
             mean = -0.2 if low else 0.02

@@ -28,7 +28,7 @@ from tta.tasks import Task
 LOG = logging.getLogger("tta.guard")
 CHECKED_IMAGES = 64  # of a batch that the source model predicts too
 FEW = 32  # images
-SUSPICIOUS = 0.05  # mean harm above the tolerance at which every batch is checked
+SUSPICIOUS = 0.05  # mean harm of the last batch or two above the tolerance, at which every batch is checked
 SNAPSHOT_EVERY = 64  # batches
 LONGEST_TRIAL = 8  # times the first one; a trial grows as the holds do
 FORGIVEN_AFTER = 8  # times the last hold without an alarm, after which the next hold is shorter
@@ -287,7 +287,7 @@ class Guardian:
     def _judged(self) -> str:
         """End the trial: learning goes on, or the reason why not."""
         assert self.monitor is not None
-        harm = self.monitor.bound.mean
+        harm = self.monitor.mean
         if harm > self.settings.tolerance:
             return f"the trial was not passed: harm {harm:+.2f} a prediction"
         self.numbers.phase = "learning"
@@ -334,9 +334,9 @@ class Guardian:
             return "logits were not finite", own
         alarm = self._unless_overruled(self.monitor.update(logits[:rows], of_source, shift))
         period = math.ceil(images / total / self.settings.share)
-        if self.monitor.bound.mean > self.settings.tolerance + SUSPICIOUS:
+        if self.monitor.test.mean > self.settings.tolerance + SUSPICIOUS:
             period = 1
-        elif not self._forgiven:
+        elif now.compared < 2 * ENOUGH or not self._forgiven:
             period = math.ceil(period / 2)
         now.next_check = now.batches + period
         return alarm, own
@@ -374,7 +374,7 @@ class Guardian:
         own, others = (self.workers.gathered(some_pixels(logits))[0] for logits in (predicted, of_source))
         self.monitor.update(own, others, shift)
         few = self.workers.total(x) < FEW  # a mean over so few says nothing
-        worse = few or self.monitor.bound.mean > self.settings.tolerance
+        worse = few or self.monitor.mean > self.settings.tolerance
         now.phase = "source" if worse else "held"
         now.next_check = now.batches + 1
         self._tell("hold", f"{now.left} batches, predicted by the {'source model' if worse else 'adapter'}")
@@ -488,7 +488,7 @@ class Guardian:
         """Keep a snapshot now and then while the adapter is good; the older of two is the one to go back to."""
         now = self.numbers
         assert self.monitor is not None
-        good = now.phase == "learning" and self.monitor.bound.mean <= self.settings.tolerance
+        good = now.phase == "learning" and self.monitor.mean <= self.settings.tolerance
         if good and now.compared >= ENOUGH and now.batches >= now.last_snapshot + SNAPSHOT_EVERY:
             now.last_snapshot = now.batches
             self.snapshots = [*self.snapshots[-1:], adapter.changed_state()]

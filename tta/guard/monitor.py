@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tta.guard.bounds import LowerBound
+from tta.guard.bounds import Bet
 
-# Compared images after which a test ends and the next one starts, so that no past good weighs for ever.
-TEST_LENGTH = 1024
-SCORES = (-0.5, 1.0)  # clipped: the narrower the range, the fewer images a test needs
-HALF_LIFE = 256  # compared images
+SCORES = (-0.5, 1.0)  # clipped: the narrower the range, the fewer images the test needs
+HALF_LIFE = 256  # compared images, after which one weighs half in the means
 # Classes over which the predictions of a source that is believed under a shift spread at least; in fog and contrast those of the
 # digits CNN spread over 1.0 to 1.5 in a batch of 32, and it is wrong on 89 %.
 WITNESS = 2.5
@@ -22,6 +20,7 @@ STRIDE = 4  # pixels of maps
 ROOT = 0.25  # of the pixels of a class, by which it weighs
 # Images for which a map stands in the lengths above and below: its classes together say more than one class.
 PICTURE = 4
+SUMS = ("scored", "harm", "seen", "belief", "own_belief")
 ENOUGH = 128  # compared images, before the predicted classes say anything or a trial is passed
 
 
@@ -75,11 +74,11 @@ class Monitor:
 
     Two signs raise an alarm:
 
-    * **risk**: a lower confidence bound of the mean :func:`harm` is above ``tolerance``. If the mean harm given the past
-      never is above ``tolerance``, the probability of a single such alarm, however long the stream, is at most ``level``
-      (the tests number j = 1, 2, ... have the levels 6 level / (pi j)^2). That is proved; that the score follows the error
-      is not, it is measured (see ``docs/reliability.md``). The design, a proxy of the loss in a sequential test, is that of
-      Schirmer et al., "Monitoring Risks in Test-Time Adaptation", NeurIPS 2025, who compare with labelled source data.
+    * **risk**: the mean :func:`harm` is above ``tolerance`` by a sequential test (:class:`tta.guard.bounds.Bet`). If the mean
+      harm given the past never is above ``tolerance``, the probability of a single such alarm, however long the stream, is at most
+      ``level``. That is proved; that the score follows the error is not, it is measured (see ``docs/reliability.md``). The
+      design, a proxy of the loss in a sequential test, is that of Schirmer et al., "Monitoring Risks in Test-Time
+      Adaptation", NeurIPS 2025, who compare with labelled source data.
     * **collapse**: the adapter's predictions are spread over less than half as many classes (the exponential of the
       entropy of their histogram) as the source's, and the source gives them less than a third of the belief that it gives
       its own. A heuristic, for models that are so unsure of themselves that the first sign would allow anything.
@@ -94,52 +93,54 @@ class Monitor:
         classes: number of classes.
         level: probability of a false alarm by risk.
         tolerance: mean harm that is allowed.
-        tests: tests started so far.
-        bound: the running test.
+        test: of the risk.
     """
 
     classes: int
     level: float
     tolerance: float
-    tests: int = 0
-    bound: LowerBound = field(init=False)
-    seen: float = 0.0  # compared images, older ones weigh less; likewise the sums below
+    test: Bet = field(init=False)
+    scored: float = 0.0  # images with a score, older ones weigh less; likewise the sums below
+    harm: float = 0.0
+    seen: float = 0.0  # compared images
     belief: float = 0.0  # of the source in the adapter's classes
     own_belief: float = 0.0  # of the source in its own
     predicted: Tensor = field(init=False)  # (2, classes), classes of the adapter and of the source
 
     def __post_init__(self) -> None:
         self.predicted = torch.zeros(2, self.classes, dtype=torch.float64)
-        self._next_test()
+        self.test = Bet(self.level, self.tolerance, low=SCORES[0])
+
+    @property
+    def mean(self) -> float:
+        """Mean harm of the latest images; NaN before the first."""
+        return self.harm / self.scored if self.scored else math.nan
 
     def restart(self) -> None:
         """Forget what was compared: the adapter is another one from now on. The level already spent stays spent."""
-        self.seen = self.belief = self.own_belief = 0.0
+        self.scored = self.harm = self.seen = self.belief = self.own_belief = 0.0
         self.predicted.zero_()
-        self._next_test()
+        self.test.restart()
 
     def update(self, adapted: Tensor, source: Tensor, shift: float = 0.0) -> str:
         """Compare predictions of the same images, both (batch, classes) or maps; the reason of an alarm, empty without one.
 
         ``shift`` is how far the images are from the source's, see :class:`tta.guard.shift.InputShift`.
         """
-        scores = harm(adapted, source).cpu().numpy()
+        scores = harm(adapted, source).tolist()
         present = self._count(adapted.detach(), source)
         if shift > SHIFTED:
             spread, of_source = _spread(present if len(adapted) >= MANY else self.predicted)
             if of_source < WITNESS and spread > 2 * of_source:
                 return ""
         stands_for = 1 if adapted.dim() == 2 else PICTURE
-        if self.bound.count * stands_for >= TEST_LENGTH:
-            self._next_test()
-        self.bound.update(scores)
-        if self.bound.value > self.tolerance:
-            return f"risk: harm {self.bound.mean:+.2f} a prediction, surely above {self.bound.value:+.3f}"
+        kept = 0.5 ** (len(scores) * stands_for / HALF_LIFE)
+        self.scored, self.harm = kept * self.scored + len(scores), kept * self.harm + sum(scores)
+        for score in scores:
+            self.test.add(score)
+        if self.test.found:
+            return f"risk: harm {self.mean:+.2f} a prediction, surely above {self.tolerance:+.2f}"
         return self._collapse(ENOUGH / stands_for)
-
-    def _next_test(self) -> None:
-        self.tests += 1
-        self.bound = LowerBound(6 * self.level / (math.pi * self.tests) ** 2, *SCORES)
 
     def _count(self, adapted: Tensor, source: Tensor) -> Tensor:
         """Add the predicted classes to the counts; those of this batch, (2, classes)."""
@@ -171,18 +172,12 @@ class Monitor:
 
     def numbers(self) -> dict[str, Any]:
         """The state but for the tensor, as JSON can hold it."""
-        return {
-            "tests": self.tests,
-            "bound": asdict(self.bound),
-            "seen": self.seen,
-            "belief": self.belief,
-            "own_belief": self.own_belief,
-        }
+        return {"test": asdict(self.test)} | {name: getattr(self, name) for name in SUMS}
 
     def load(self, numbers: dict[str, Any], predicted: Tensor) -> None:
         """Take over a state of :meth:`numbers` and the tensor beside it."""
-        self.bound = LowerBound(**numbers["bound"])
-        for name in ("tests", "seen", "belief", "own_belief"):
+        self.test = Bet(**numbers["test"])
+        for name in SUMS:
             setattr(self, name, numbers[name])
         self.predicted = predicted.clone()
 
