@@ -333,6 +333,17 @@ def test_a_segformer_of_transformers_is_adapted():
     assert not torch.equal(first, second)
 
 
+def test_a_view_that_is_too_small_for_the_model_is_named():
+    """A kernel of 24 fits pictures of 32 pixels and not their quarters."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 24, stride=8), torch.nn.BatchNorm2d(4))
+    adapter = tta.adapt(model, "cotta", task="segmentation", augment="scales", ap=1.0)
+    with pytest.raises(
+        ValueError, match=r"predicts pictures of 32 x 32 pixels, but not their view of 8 x 8: .*augment="
+    ):
+        adapter(images(2, 32, 32))
+    assert adapter.progress().updates == 0
+
+
 def test_a_pooled_branch_refuses_one_picture_in_a_sentence():
     """DeepLab's: behind an average over the picture a BatchNorm has one value a channel and picture."""
 

@@ -376,11 +376,21 @@ def _moved_back(predict: Callable[[Tensor], Tensor], view: View, x: Tensor) -> T
     """The prediction of a view, a map of it where the pixels of the batch are.
 
     Raises:
-        ValueError: the map of a view without an undo has another size than the batch.
+        ValueError: the map of a view without an undo has another size than the batch; or the model cannot predict a view of another
+            size than the batch.
     """
     if not isinstance(view, Tensor):
         images, undo = view
-        return undo(predict(images))
+        try:
+            return undo(predict(images))
+        except RuntimeError as error:
+            if images.shape == x.shape or isinstance(error, torch.OutOfMemoryError):
+                raise
+            sizes = " x ".join(map(str, images.shape[2:])), " x ".join(map(str, x.shape[2:]))
+            raise ValueError(
+                f"The model predicts pictures of {sizes[1]} pixels, but not their view of {sizes[0]}: {error}. Pass larger pictures, or "
+                "another augment= than 'scales'."
+            ) from error
     found = predict(view)
     moved = found.dim() == 4 and found.shape[2:] != x.shape[2:]
     require(
