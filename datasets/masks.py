@@ -250,6 +250,11 @@ class MaskFiles(FileImages):
         except Exception as error:  # Pillow raises classes of its own
             raise ValueError(f"'{file}' cannot be used as a mask: {str(error).rstrip('.')}.") from None
         numbers = numbers[..., 0] if numbers.ndim == 3 else numbers
+        if numbers.dtype.kind not in "biu" or numbers.min() < 0 or numbers.max() >= len(self._table):
+            raise ValueError(
+                f"'{file}' cannot be used as a mask: it holds {numbers.min()} to {numbers.max()} ({numbers.dtype}); expected the "
+                "numbers of classes, whole and from 0 to 65535."
+            )
         return self._table[torch.from_numpy(numbers.astype(np.int64))]
 
 

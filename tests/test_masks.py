@@ -190,6 +190,19 @@ def test_what_is_missing_is_named(tmp_path, name, looked_for):
         tta.stream(name, root=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("number", "dtype", "text"),
+    [(70000, np.int32, r"0 to 70000 \(int32\)"), (-1, np.int32, "-1 to 0"), (0.5, np.float32, "float32")],
+)
+def test_masks_of_numbers_that_are_no_class_are_named(tmp_path, number, dtype, text):
+    picture(tmp_path / "images/x.png")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.array([[0] * 23 + [number]] * 16, dtype=dtype)).save(tmp_path / "masks/x.png", format="TIFF")
+    stream = tta.stream("maskfolder", root=tmp_path, classes=3, batch_size=1)
+    with pytest.raises(ValueError, match=rf"x\.png' cannot be used as a mask: it holds .*{text}"):
+        list(stream)
+
+
 def test_masks_of_several_sizes_do_not_share_a_batch(tmp_path):
     for number, size in enumerate([(24, 16), (12, 16)]):
         picture(tmp_path / f"images/{number}.jpg", size=(24, 16))

@@ -93,7 +93,9 @@ def train(
     """
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(
+            0
+        )  # torch.manual_seed would set those of GPUs too, and they are not put back
         network = ShiftNetwork(len(prior), features.shape[1], hidden).to(features.device)
     optimizer = torch.optim.Adam(network.parameters(), LR)
     source = bounded(prior).log()
