@@ -47,7 +47,7 @@ def learn(model: nn.Module, images: Tensor, masks: Tensor, epochs: int) -> None:
 @torch.no_grad()
 def held_out(model: nn.Module) -> float:
     """mIoU on the clean canvases of the stream, in percent."""
-    images, masks = digits_mosaic.mosaics("test", digits_mosaic.CANVASES)
+    images, masks, _ = digits_mosaic.mosaics("test", digits_mosaic.CANVASES)
     predicted = maps(model, images).argmax(1)
     return mean_iou(confusion(predicted, masks, digits_mosaic.CLASSES).sum(0).numpy())
 

@@ -59,6 +59,7 @@ STREAMS = {
     "maskfolder": ("scenes:maskfolder", "your own folders of pictures and masks, clean or corrupted (segmentation)"),
     "kitti-weather": ("objects:kitti_weather", "KITTI in rendered fog, rain and snow: boxes (detection)"),
     "coco-c": ("objects:coco_c", "COCO under fifteen corruptions: boxes (detection)"),
+    "digits-boxes": ("digits_boxes", "canvases of digits: a box around each (detection), embedded"),
     "digits-c": ("digits_c", "scikit-learn's digits, 800 held-out images, corrupted as they are needed"),
     "digits-mosaic": ("digits_mosaic", "canvases of digits: a class of every pixel (segmentation), embedded"),
     "digits-open": ("digits_open", "digits-c for a model of the digits 0 to 7; 8 and 9 are unknown classes"),

@@ -28,10 +28,13 @@ ORIGIN = "mosaics of scikit-learn's digits"
 
 
 class Mosaics(NamedTuple):
-    """Canvases: images (n, 3, 64, 64), uint8, and masks (n, 64, 64), int64: 0 to 9, 10 for background, -1 for void."""
+    """Canvases: images (n, 3, 64, 64), uint8; masks (n, 64, 64), int64: 0 to 9, 10 for background, -1 for void; and the box of each
+    digit, float32 (n, 6, 5): left, top, right, bottom in pixels, digit; NaN behind the last one of a canvas.
+    """
 
     images: Tensor
     masks: Tensor
+    boxes: Tensor
 
 
 @cache
@@ -53,12 +56,11 @@ def mosaics(split: str, count: int, seed: int = 0) -> Mosaics:
     small = torch.from_numpy(load_digits().images)[rows].float() / 16
     ink = F.interpolate(small[:, None], size=(DIGIT, DIGIT), mode="bilinear", align_corners=False)[:, 0]
     drawn = [_canvas(ink, labels, torch.Generator().manual_seed(seed * 2**20 + number)) for number in range(count)]
-    images, masks = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-    return Mosaics(images, masks)
+    return Mosaics(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
 
 
-def _canvas(ink: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One canvas and its mask."""
+def _canvas(ink: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """One canvas, its mask and its boxes."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -76,15 +78,19 @@ def _canvas(ink: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Te
         + 0.2 * (uniform(3, 1, 1) - 0.5) * slope
         + 0.2 * (uniform(3, 1, 1) - 0.5) * slope[:, None]
     )
-    mask = torch.full((SIDE, SIDE), BACKGROUND)
+    mask, boxes = torch.full((SIDE, SIDE), BACKGROUND), torch.full((MOST, 5), torch.nan)
     colours = 0.7 + 0.3 * uniform(number, 3, 1, 1)
-    for digit, (top, left), colour in zip(chosen, places.tolist(), colours, strict=True):
+    for place, (digit, (top, left), colour) in enumerate(zip(chosen, places.tolist(), colours, strict=True)):
         rows, columns = slice(top, top + DIGIT), slice(left, left + DIGIT)
         canvas[:, rows, columns] += ink[digit] * (colour - canvas[:, rows, columns])
-        mask[rows, columns][ink[digit] > ink[digit].max() / 3] = labels[digit]
+        inked = ink[digit] > ink[digit].max() / 3
+        mask[rows, columns][inked] = labels[digit]
+        (first_row, first_column), (last_row, last_column) = inked.nonzero().aminmax(dim=0)
+        box = left + first_column, top + first_row, left + last_column + 1, top + last_row + 1, labels[digit]
+        boxes[place] = torch.stack(box).float()
     is_digit = mask != BACKGROUND
     near = F.max_pool2d(is_digit[None].float(), 3, stride=1, padding=1)[0] > 0
-    return (canvas * 255).round().to(torch.uint8), mask.masked_fill(near & ~is_digit, UNKNOWN)
+    return (canvas * 255).round().to(torch.uint8), mask.masked_fill(near & ~is_digit, UNKNOWN), boxes
 
 
 class CleanMosaics(CleanImages):
@@ -137,9 +143,17 @@ class CorruptedMosaics(CorruptedImages):
         return {**super().describe(), "masks": fingerprint.of_tensors([("masks", self._canvases.masks)])}
 
 
+def held_out(samples: int | None) -> int:
+    """The number of canvases of a domain; raises a ValueError for more than there are, or none."""
+    if samples is not None and not 1 <= samples <= CANVASES:
+        raise ValueError(f"samples is between 1 and {CANVASES}; got {samples}.")
+    return samples or CANVASES
+
+
 def source_images() -> TensorDataset:
     """The clean canvases on which the embedded source model was trained, with masks: 2 000 of (3, 64, 64), uint8."""
-    return TensorDataset(*mosaics("train", SOURCE_CANVASES))
+    canvases = mosaics("train", SOURCE_CANVASES)
+    return TensorDataset(canvases.images, canvases.masks)
 
 
 def domains(
@@ -156,7 +170,5 @@ def domains(
     Raises:
         ValueError: an unknown corruption or severity, or more samples than there are.
     """
-    if samples is not None and not 1 <= samples <= CANVASES:
-        raise ValueError(f"samples is between 1 and {CANVASES}; got {samples}.")
-    clean = mosaics("test", samples or CANVASES)
+    clean = mosaics("test", held_out(samples))
     return [CorruptedMosaics(name, clean, severity=severity, seed=seed) for name in corruptions]

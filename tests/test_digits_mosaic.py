@@ -15,7 +15,7 @@ CLASSES = digits_mosaic.CLASSES
 
 
 def test_canvases_are_drawn_again_alike_and_one_by_one():
-    images, masks = digits_mosaic.mosaics("test", 12)
+    images, masks, _ = digits_mosaic.mosaics("test", 12)
     again = digits_mosaic.mosaics.__wrapped__("test", 5)
     assert torch.equal(again.images, images[:5])
     assert torch.equal(again.masks, masks[:5])
@@ -24,7 +24,7 @@ def test_canvases_are_drawn_again_alike_and_one_by_one():
 
 
 def test_a_canvas_holds_three_to_six_digits_with_a_rim_that_is_void():
-    images, masks = digits_mosaic.mosaics("train", 60)
+    images, masks, _ = digits_mosaic.mosaics("train", 60)
     assert images.shape == (60, 3, 64, 64)
     assert images.dtype == torch.uint8
     assert set(masks.unique().tolist()) == {-1, *range(CLASSES)}
@@ -42,7 +42,7 @@ def test_a_canvas_holds_three_to_six_digits_with_a_rim_that_is_void():
 
 
 def test_ink_is_bright_where_the_mask_has_a_digit():
-    images, masks = digits_mosaic.mosaics("test", 50)
+    images, masks, _ = digits_mosaic.mosaics("test", 50)
     grey = images.float().mean(1)
     is_digit = (masks >= 0) & (masks != digits_mosaic.BACKGROUND)
     assert grey[is_digit].mean() > 2.5 * grey[masks == digits_mosaic.BACKGROUND].mean()
@@ -53,7 +53,7 @@ def test_stream_corrupts_the_pictures_and_moves_masks_with_moved_pixels():
     assert stream.task == "segmentation"
     assert stream.classes.count == CLASSES
     assert len(stream) == 4
-    images, masks = digits_mosaic.mosaics("test", 20)
+    images, masks, _ = digits_mosaic.mosaics("test", 20)
     assert torch.equal(stream[0].labels, masks[:16])
     assert torch.equal(stream[0].images, corrupt(images, "fog", severity=5, seed=0)[:16])
     moved = corrupt_masks(masks, "elastic_transform", severity=5, seed=0)
@@ -94,7 +94,7 @@ def test_embedded_model_knows_the_clean_canvases():
     assert model.class_names == [*"0123456789", "background"]
     assert model.preprocessing["input_size"] == [64, 64]
     assert sum(parameter.numel() for parameter in model.parameters()) < 30_000
-    images, masks = digits_mosaic.mosaics("test", 32)
+    images, masks, _ = digits_mosaic.mosaics("test", 32)
     with torch.no_grad():
         maps = SEGMENTATION.read(model(images / 255), images)
     assert mean_iou(confusion(maps.argmax(1), masks, CLASSES).sum(0).numpy()) > 80

@@ -47,7 +47,9 @@ def test_the_money_follows_the_rule_written_over_all_values():
     assert found.mean == pytest.approx(weights @ values / weights.sum())
 
 
-@pytest.mark.parametrize("kind", ["at the threshold", "good, then at the threshold", "answers follow the money", "scores"])
+@pytest.mark.parametrize(
+    "kind", ["at the threshold", "good, then at the threshold", "answers follow the money", "scores"]
+)
 def test_what_is_not_there_is_seldom_found(kind):
     """At a level of 10 % in 300 streams, whatever the past does to values whose mean never is above the threshold."""
     draws, found = np.random.default_rng(1), 0

@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
 
     make: Callable[..., nn.Module]
     file: str
-    clean_error: float | None  # %, on the 800 held-out digits; None of a model of maps
+    clean_error: float | None  # %, on the 800 held-out digits; None of a model of maps or boxes
     names: tuple[str, ...] = DIGITS
     side: int = 32  # pixels of the images that it was trained on
 
@@ -48,6 +48,7 @@ EMBEDDED = {
     "digits-gn": Embedded(networks.DigitsGN, "digits_gn.safetensors", 1.0),
     "digits-cnn-8": Embedded(networks.digits_cnn_8, "digits_cnn_8.safetensors", 0.3101, DIGITS[:8]),
     "digits-maps": Embedded(networks.DigitsFCN, "digits_maps.safetensors", None, (*DIGITS, "background"), 64),
+    "digits-ssd": Embedded(networks.digits_ssd, "digits_ssd.safetensors", None, ("background", *DIGITS), 64),
 }
 
 
@@ -91,8 +92,8 @@ def load_model(
     ``normalize.mean`` ...). ``preprocessing`` lists them with input size, interpolation, resize and crop.
 
     Args:
-        spec: one of ``tta list models``: ``digits-cnn``, ``digits-vit``, ``digits-gn``, ``digits-cnn-8``, ``digits-maps`` or
-            ``digits-clip`` (embedded), ``cifar-resnet20`` (32, 44, 56, 110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``,
+        spec: one of ``tta list models``: ``digits-cnn``, ``digits-vit``, ``digits-gn``, ``digits-cnn-8``, ``digits-maps``,
+            ``digits-ssd`` or ``digits-clip`` (embedded), ``cifar-resnet20`` (32, 44, 56, 110), ``cifar-resnet26-gn``, ``timm:NAME[.TAG]``,
             ``torchvision:NAME[/WEIGHTS]``, ``hf:NAME``, ``hf-clip:NAME``, ``open_clip:ARCH/TAG``,
             ``robustbench:[cifar100/]NAME``, or ``PACKAGE.MODULE:FUNCTION``, a function of yours that returns a network.
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.

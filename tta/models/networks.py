@@ -141,6 +141,34 @@ class DigitsFCN(nn.Module):
         return maps
 
 
+class DigitsTrunk(nn.Module):
+    """Features of canvases of digits at a quarter of their size: (batch, 3, height, width) -> one map of 96 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.stages = nn.Sequential(SeparableConv(16, 32, stride=2), SeparableConv(32, 64))
+        self.context = nn.Sequential(SeparableConv(64, 96, dilation=2), SeparableConv(96, 96, dilation=2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"0": self.context(self.stages(torch.relu(self.bn1(self.conv1(x)))))}
+
+
+def digits_ssd(num_classes: int = 11) -> nn.Module:
+    """A torchvision SSDLite with BatchNorm for canvases of digits, 39 000 parameters; class 0 is the background."""
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD
+    from torchvision.models.detection.ssdlite import SSDLiteHead
+
+    # Digits are 5 to 13 pixels wide and 16 high: boxes of 10 and 13 pixels, and one twice as high.
+    anchors = DefaultBoxGenerator([[2]], scales=[0.16, 0.26], steps=[4])
+    head = SSDLiteHead([96], anchors.num_anchors_per_location(), num_classes, nn.BatchNorm2d)
+    found = {"score_thresh": 0.05, "nms_thresh": 0.45, "detections_per_img": 20, "topk_candidates": 60}
+    raw = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # normalised before
+    return SSD(DigitsTrunk(), anchors, (64, 64), num_classes, head=head, **raw, **found)
+
+
 class PaddedShortcut(nn.Module):
     """Option A of the ResNet paper: strided pixels, and zero channels on both sides; it has no parameters."""
 

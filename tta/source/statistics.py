@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tta import caches, fingerprint, norms
 from tta.source.kinds import KINDS, Known, Need, SourceBatch
@@ -266,8 +266,14 @@ def _batches(source: Images, batch_size: int, num_workers: int) -> tuple[Iterabl
     if isinstance(source, Tensor):
         return torch.split(_checked(source)[0], batch_size), True
     if isinstance(source, Dataset) and not hasattr(source, "__iter__"):
-        return DataLoader(source, batch_size=batch_size, num_workers=num_workers), True
+        return DataLoader(source, batch_size=batch_size, num_workers=num_workers, collate_fn=_collated), True
     return source, False
+
+
+def _collated(samples: list[Any]) -> Any:
+    """A batch of samples. Boxes are left out: images have different numbers of them, and nothing that is recorded needs any."""
+    with_boxes = isinstance(samples[0], (tuple, list)) and len(samples[0]) > 1 and isinstance(samples[0][1], Mapping)
+    return default_collate([sample[0] for sample in samples] if with_boxes else samples)
 
 
 def _checked(batch: Any) -> SourceBatch:
