@@ -141,16 +141,18 @@ def precision(found: NDArray[Any], truth: NDArray[Any]) -> dict[str, Any]:
     kept = [[torch.from_numpy(rows[~np.isnan(rows[:, 4])]) for rows in images] for images in (found, truth)]
     if not sum(map(len, kept[1])):
         return {**dict.fromkeys(NUMBERS, math.nan), "classes": {}}
-    measured = MeanAveragePrecision(class_metrics=True, backend="faster_coco_eval")
+    # The classes are read from the whole table of precisions: class_metrics=True would match all boxes again for each.
+    measured = MeanAveragePrecision(extended_summary=True, backend="faster_coco_eval")
     measured.update(
         [{"boxes": rows[:, :4], "labels": rows[:, 4].long(), "scores": rows[:, 5]} for rows in kept[0]],
         [{"boxes": rows[:, :4], "labels": rows[:, 4].long(), "iscrowd": rows[:, 5].long()} for rows in kept[1]],
     )
     values = measured.compute()  # -1 where no box is true but crowds, which COCO leaves out
-    classes = zip(values["classes"].view(-1).tolist(), values["map_per_class"].view(-1).tolist(), strict=True)
+    table = values["precision"][:, :, :, 0, -1].flatten(0, 1)  # overlaps x recalls, classes; objects of all sizes, 100 boxes
+    classes = zip(values["classes"].view(-1).tolist(), table.T, strict=True)
     return {
         **{name: 100 * float(values[name]) if values[name] >= 0 else math.nan for name in NUMBERS},
-        "classes": {int(number): 100 * part for number, part in classes if part >= 0},
+        "classes": {int(number): 100 * float(part.mean()) for number, part in classes if (part >= 0).all()},
     }
 
 
