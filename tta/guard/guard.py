@@ -112,6 +112,7 @@ class _Numbers:
     next_check: int = 0  # batch
     left: int = 0  # batches of the hold
     last_hold: int = 0
+    undecided: bool = False  # who answers during the hold
     quiet: int = 0  # batches since the last alarm
     last_snapshot: int = 0  # batch
     recoveries: int = 0  # of the adapter, as last seen
@@ -265,7 +266,12 @@ class Guardian:
         """One batch of a hold; at its end learning goes on, on trial if the source model answered."""
         now = self.numbers
         now.left -= 1
-        output = self._answered(x) if now.phase == "source" else self._only_predicted(adapter, x)
+        if now.undecided and self.workers.total(x) >= FEW:
+            output = self._chosen(adapter, x)
+        elif now.phase == "source":
+            output = self._answered(x)
+        else:
+            output = self._only_predicted(adapter, x)
         if now.phase == "held":
             alarm = self.labelled.harm
             kind = "labelled" if alarm else "alarm"
@@ -279,6 +285,7 @@ class Guardian:
                 now.phase = "source"
                 output = self._answered(x)
         if now.left == 0:
+            now.undecided = False
             now.phase = "trial" if now.phase == "source" else "learning"
             self._restart()
             self._tell("trial" if now.phase == "trial" else "resume", f"after a hold of {now.last_hold} batches")
@@ -365,20 +372,27 @@ class Guardian:
         length = now.last_hold * 2 if again else now.last_hold // 2
         now.last_hold = min(max(length, self.settings.hold), self.settings.longest_hold)
         now.left, now.quiet = now.last_hold, 0
+        self._restart()
+        output = self._chosen(adapter, x)
+        who = "source model" if now.phase == "source" else "adapter"
+        self._tell("hold", f"{now.left} batches, predicted by the {who}")
+        return output
+
+    def _chosen(self, adapter: Adapter, x: Tensor) -> Output:
+        """Choose who answers during a hold by the harm on this batch; of few images it says nothing, and a later one decides."""
+        now = self.numbers
         with torch.no_grad():
             predicted = adapter.predict(x)
         of_source, shift = measured(self.shift, self._by_source, x)
         self._adapted, self._of_source = predicted, of_source
-        self._restart()
-        assert self.monitor is not None
-        own, others = (self.workers.gathered(some_pixels(logits))[0] for logits in (predicted, of_source))
-        self.monitor.update(own, others, shift)
-        few = self.workers.total(x) < FEW  # a mean over so few says nothing
-        worse = few or self.monitor.mean > self.settings.tolerance
-        now.phase = "source" if worse else "held"
+        now.undecided = self.workers.total(x) < FEW
+        if not now.undecided:
+            assert self.monitor is not None
+            own, others = (self.workers.gathered(some_pixels(logits))[0] for logits in (predicted, of_source))
+            self.monitor.update(own, others, shift)
+        worse = now.undecided or self.monitor.mean > self.settings.tolerance
+        now.phase = self.action = "source" if worse else "held"
         now.next_check = now.batches + 1
-        self._tell("hold", f"{now.left} batches, predicted by the {'source model' if worse else 'adapter'}")
-        self.action = "source" if worse else "held"
         if worse:
             now.by_source += 1
         else:
