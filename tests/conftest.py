@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,13 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import tta
 from tta.adapter import Adapter
 from tta.towers import ImageTower, TextTower, TwoTowers, WordTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+pytest.register_assert_rewrite("conformance", "served")  # a failure there shows its values, too
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in one order only with a workspace of its own
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -170,6 +174,26 @@ def cnn() -> nn.Module:
     model = GoldenCNN()
     model.load_state_dict(load_file(GOLDEN / "cnn.safetensors"))
     return model
+
+
+@pytest.fixture(scope="session")
+def digits_cnn() -> nn.Module:
+    """The embedded network; adapters copy it."""
+    return tta.load_model("digits-cnn")
+
+
+@pytest.fixture(scope="module")
+def of_source(digits_cnn: nn.Module) -> Iterator[Any]:
+    """A client of a server that several tests may ask: it learns nothing."""
+    with import_module("served").serving_of(digits_cnn, "source") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def refusing(digits_cnn: nn.Module) -> Iterator[Any]:
+    """A client of a server that would learn, for several tests of what it refuses."""
+    with import_module("served").serving_of(digits_cnn, "tent") as client:
+        yield client
 
 
 @pytest.fixture

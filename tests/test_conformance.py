@@ -6,13 +6,26 @@ import re
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import tta
+from conformance import (  # noqa: F401  # the tests are collected here
+    CollectLogits,
+    changed_and_declared,
+    equal_states,
+    evaluate,
+    predicts_and_learns_nothing,
+    run,
+    test_deepcopy_goes_on_independently,
+    test_grad_modes_change_nothing,
+    test_predict_learns_nothing,
+    test_reset_equals_fresh,
+    test_save_load_continue_equals_uninterrupted,
+    trained_as_in_a_loop,
+    with_and_without_bf16,
+)
 from tta.adapter import config_class
 from tta.methods import find
 from tta.towers import ImageTower, TextTower, TwoTowers, WordTokenizer
@@ -196,27 +209,6 @@ def batches(size, golden_images, device):
     return list(golden_images[: 6 * size].to(device).split(size))
 
 
-class CollectLogits(Callback):
-    def __init__(self):
-        self.logits = []
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, *_):
-        self.logits.append(outputs["logits"])
-
-
-def evaluate(adapter, stream, collected):
-    accelerator = "gpu" if adapter.device.type == "cuda" else "cpu"
-    return tta.evaluate(adapter, stream, progress=False, callbacks=[collected], accelerator=accelerator)
-
-
-def run(adapter, batches):
-    return torch.cat([adapter(batch) for batch in batches])
-
-
-def equal_states(first, second, but=()):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in {*first} - {*but})
-
-
 def test_logits_are_detached_float32(make, batches, size):
     logits = make()(batches[0])
     assert logits.shape == (size, 10)
@@ -224,25 +216,12 @@ def test_logits_are_detached_float32(make, batches, size):
     assert not logits.requires_grad
 
 
-def test_plain_loop_equals_trainer(make, size, golden_images, golden_labels):
+def test_plain_loop_equals_trainer(make, size, golden_images, golden_labels, device):
     images = 6 * size + size // 4  # the last batch is smaller
     data = TensorDataset(golden_images[:images], golden_labels[:images])
     stream = tta.stream({"a": data, "b": data}, batch_size=size)
-    plain, driven, collected = make(), make(), CollectLogits()
-    expected = torch.cat([plain(batch.images.to(plain.device)) for batch in stream])
-    result = evaluate(driven, stream, collected)
-    assert torch.equal(torch.cat(collected.logits), expected)
+    result, expected = trained_as_in_a_loop(make, [batch.images.to(device) for batch in stream], stream)
     assert torch.equal(torch.from_numpy(result.predictions.prediction), expected.argmax(1).cpu())
-    assert equal_states(plain.state_dict(), driven.state_dict())
-
-
-def test_reset_equals_fresh(make, batches):
-    fresh, adapter = make(), make()
-    run(adapter, batches)
-    adapter.reset()
-    assert equal_states(adapter.state_dict(), fresh.state_dict())
-    assert torch.equal(run(adapter, batches), run(fresh, batches))
-    assert equal_states(adapter.state_dict(), fresh.state_dict())
 
 
 def test_reset_after_loading_equals_fresh(make, batches):
@@ -253,31 +232,11 @@ def test_reset_after_loading_equals_fresh(make, batches):
     assert torch.equal(run(adapter, batches), run(fresh, batches))
 
 
-def test_save_load_continue_equals_uninterrupted(make, batches, tmp_path):
-    whole = run(make(), batches)
-    first = make()
-    begun = run(first, batches[:3])
-    save_file(first.state_dict(), tmp_path / "state.safetensors")
-    second = make()
-    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    assert torch.equal(torch.cat([begun, run(second, batches[3:])]), whole)
-
-
 def test_state_survives_torch_save_with_weights_only(make, batches, tmp_path):
     adapter = make()
     run(adapter, batches[:2])
     torch.save(adapter.state_dict(), tmp_path / "state.pt")
     assert equal_states(torch.load(tmp_path / "state.pt", weights_only=True), adapter.state_dict())
-
-
-def test_deepcopy_goes_on_independently(make, batches):
-    original = make()
-    run(original, batches[:2])
-    state = original.state_dict()
-    duplicate = copy.deepcopy(original)
-    continued = run(duplicate, batches[2:])
-    assert equal_states(original.state_dict(), state)
-    assert torch.equal(run(original, batches[2:]), continued)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -289,15 +248,6 @@ def test_modes_change_nothing(make, batches, mode):
         getattr(adapter, mode)()
         logits.append(adapter(batch))
     assert torch.equal(torch.cat(logits), expected)
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_grad_modes_change_nothing(make, batches, context):
-    expected = run(make(), batches)
-    adapter = make()
-    with context():
-        logits = run(adapter, [batch.clone() for batch in batches])
-    assert torch.equal(logits, expected)
 
 
 def test_adapter_built_under_inference_mode_adapts(make, batches):
@@ -320,25 +270,9 @@ def test_callers_model_is_untouched(make, model, batches):
 
 def test_only_declared_parameters_change(case, make, batches):
     adapter = make()
-    declared = {id(parameter) for parameter in adapter.parameters_to_adapt()}
-    before = {name: parameter.clone() for name, parameter in adapter.model.named_parameters()}
-    run(adapter, batches)
-    changed = {n for n, p in adapter.model.named_parameters() if not torch.equal(p, before[n])}
-    allowed = {n for n, p in adapter.model.named_parameters() if id(p) in declared}
-    assert changed == (set() if case[0] in EPISODIC or case[1].get("mode") == "standard" else allowed)
+    changed, declared = changed_and_declared(adapter, batches)
+    assert changed == (set() if case[0] in EPISODIC or case[1].get("mode") == "standard" else declared)
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
-
-
-def test_predict_learns_nothing(make, batches):
-    adapter = make()
-    run(adapter, batches[:2])
-    before = adapter.state_dict()
-    with torch.no_grad():
-        predicted = adapter.predict(batches[2])
-    with adapter.paused():
-        paused = adapter(batches[2])
-    assert torch.equal(predicted, paused)
-    assert equal_states(adapter.state_dict(), before)
 
 
 def test_batch_of_one_is_served(make, batches):
@@ -427,10 +361,7 @@ def test_labels_cannot_reach_the_adapter(make, size, golden_images, golden_label
 
 
 def test_bf16_autocast_stays_near_float32(make, batches, device):
-    reference = run(make(), batches)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        logits = run(make(), batches)
-    assert logits.dtype == torch.float32
+    logits, reference = with_and_without_bf16(make, batches, device)
     assert (logits - reference).abs().median() < 0.1  # logits span about 20; bfloat16 keeps 8 bits
     assert (logits.argmax(1) == reference.argmax(1)).float().mean() > 0.9
 

@@ -5,13 +5,21 @@ import copy
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file, save_file
 from sklearn.metrics import mean_absolute_error, r2_score
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import tta
+from conformance import (  # noqa: F401  # the tests are collected here
+    changed_and_declared,
+    run,
+    test_a_bad_pixel_teaches_nothing,
+    test_predict_learns_nothing,
+    test_reset_equals_fresh,
+    test_save_load_continue_equals_uninterrupted,
+    trained_as_in_a_loop,
+    with_and_without_bf16,
+)
 from tta import methods, tasks
 from tta.results import Predictions
 
@@ -58,72 +66,18 @@ def batches(golden_images, device):
     return list(golden_images[: 4 * BATCH].to(device).split(BATCH))
 
 
-def run(adapter, batches):
-    return torch.cat([adapter(batch) for batch in batches])
-
-
-def equal_states(first, second, but=()):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in {*first} - {*but})
-
-
-class Collect(Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, *_):
-        self.values.append(outputs["logits"])
-
-
 def test_plain_loop_equals_trainer(make, batches):
     images = torch.cat([batch.cpu() for batch in batches])
     targets = torch.rand(len(images), 2, generator=torch.Generator().manual_seed(2))
-    plain, driven, collected = make(), make(), Collect()
-    expected = run(plain, batches)
-    accelerator = "gpu" if plain.device.type == "cuda" else "cpu"
     stream = tta.stream({"a": TensorDataset(images, targets)}, task="regression", batch_size=BATCH)
-    result = tta.evaluate(driven, stream, progress=False, callbacks=[collected], accelerator=accelerator)
+    result, expected = trained_as_in_a_loop(make, batches, stream)
     assert expected.dtype == torch.float32
-    assert torch.equal(torch.cat(collected.values), expected)
     assert torch.equal(torch.from_numpy(result.predictions.value), expected.cpu())
-    assert equal_states(plain.state_dict(), driven.state_dict())
-
-
-def test_reset_equals_fresh(make, batches):
-    fresh, adapter = make(), make()
-    run(adapter, batches)
-    adapter.reset()
-    assert equal_states(adapter.state_dict(), fresh.state_dict())
-    assert torch.equal(run(adapter, batches), run(fresh, batches))
-
-
-def test_save_load_continue_equals_uninterrupted(make, batches, tmp_path):
-    whole = run(make(), batches)
-    first = make()
-    begun = run(first, batches[:2])
-    save_file(first.state_dict(), tmp_path / "state.safetensors")
-    second = make()
-    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    assert torch.equal(torch.cat([begun, run(second, batches[2:])]), whole)
 
 
 def test_declared_parameters_change_and_no_others(case, make, batches):
-    adapter = make()
-    declared = {id(parameter) for parameter in adapter.parameters_to_adapt()} if case[0] not in STILL else set()
-    before = {name: parameter.clone() for name, parameter in adapter.model.named_parameters()}
-    run(adapter, batches)
-    changed = {n for n, p in adapter.model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n, p in adapter.model.named_parameters() if id(p) in declared}
-
-
-def test_predict_learns_nothing(make, batches):
-    adapter = make()
-    run(adapter, batches[:2])
-    before = adapter.state_dict()
-    with torch.no_grad():
-        predicted = adapter.predict(batches[2])
-    with adapter.paused():
-        assert torch.equal(predicted, adapter(batches[2]))
-    assert equal_states(adapter.state_dict(), before)
+    changed, declared = changed_and_declared(make(), batches)
+    assert changed == (set() if case[0] in STILL else declared)
 
 
 def test_one_image_is_served(make, batches):
@@ -132,27 +86,9 @@ def test_one_image_is_served(make, batches):
     assert values.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:.*was skipped:RuntimeWarning")
-@pytest.mark.parametrize("value", [float("nan"), 1e30])
-def test_a_bad_pixel_teaches_nothing(make, batches, value):
-    adapter = make()
-    run(adapter, batches[:2])
-    before, bad = adapter.state_dict(), batches[2].clone()
-    bad[3, 0, 0, 0] = value
-    try:
-        adapter(bad)
-    except ValueError as error:
-        assert "1 of the 16 images hold NaN" in str(error)  # noqa: PT017  # the huge value is predicted
-    assert equal_states(adapter.state_dict(), before, but=("_counters", "generator"))
-    assert run(adapter, batches[3:]).isfinite().all()
-
-
 @pytest.mark.slow
 def test_bf16_autocast_stays_near_float32(make, batches, device):
-    reference = run(make(), batches)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        values = run(make(), batches)
-    assert values.dtype == torch.float32
+    values, reference = with_and_without_bf16(make, batches, device)
     assert (values - reference).abs().median() < 0.05  # they span about 3
 
 

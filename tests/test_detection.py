@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import detection as published
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -16,6 +15,16 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import tta
+from conformance import (  # noqa: F401  # the tests are collected here
+    changed_and_declared,
+    equal,
+    equal_states,
+    predicts_and_learns_nothing,
+    run,
+    test_a_bad_pixel_teaches_nothing,
+    test_reset_equals_fresh,
+    test_save_load_continue_equals_uninterrupted,
+)
 from tta import norms, tasks
 from tta.adapter import export
 from tta.results import boxes
@@ -102,21 +111,6 @@ def make(request, built):
 @pytest.fixture
 def batches():
     return list(images(3 * BATCH).split(BATCH))
-
-
-def run(adapter, batches):
-    return [found for batch in batches for found in adapter(batch)]
-
-
-def equal(first, second):
-    return len(first) == len(second) and all(
-        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def equal_states(first, second, but=()):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in {*first} - {*but})
 
 
 # ---------------------------------------------------------------------- outputs
@@ -216,53 +210,12 @@ def test_plain_loop_equals_trainer(make, batches):
     assert (result.metrics["forwards"], result.metrics["backwards"]) == (6, backward)
 
 
-def test_reset_equals_fresh(make, batches):
-    fresh, adapter = make(), make()
-    run(adapter, batches)
-    adapter.reset()
-    assert equal_states(adapter.state_dict(), fresh.state_dict())
-    assert equal(run(adapter, batches), run(fresh, batches))
-
-
-def test_save_load_continue_equals_uninterrupted(make, batches, tmp_path):
-    whole = run(make(), batches)
-    first = make()
-    begun = run(first, batches[:1])
-    save_file(first.state_dict(), tmp_path / "state.safetensors")
-    second = make()
-    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    assert equal([*begun, *run(second, batches[1:])], whole)
-
-
 def test_predict_learns_nothing_and_only_declared_parameters_change(make, batches):
     adapter = make()
-    declared = {id(parameter) for parameter in adapter.parameters_to_adapt()} if make.method not in STILL else set()
-    before = {name: parameter.clone() for name, parameter in adapter.model.named_parameters()}
-    adapter(batches[0])
-    changed = {n for n, p in adapter.model.named_parameters() if not torch.equal(p, before[n])}
-    assert bool(changed) == bool(declared)
-    assert changed <= {n for n, p in adapter.model.named_parameters() if id(p) in declared}
-    state = adapter.state_dict()
-    with torch.no_grad():
-        predicted = adapter.predict(batches[2])
-    with adapter.paused():
-        assert equal(adapter(batches[2]), predicted)
-    assert equal_states(adapter.state_dict(), state)
-
-
-@pytest.mark.filterwarnings("ignore:.*was skipped:RuntimeWarning")
-@pytest.mark.parametrize("value", [float("nan"), 1e30])
-def test_a_bad_pixel_teaches_nothing(make, batches, value):
-    adapter, bad = make(), batches[1].clone()
-    adapter(batches[0])
-    before = adapter.state_dict()
-    bad[1, 0, 0, 0] = value
-    try:
-        adapter(bad)
-    except ValueError as error:
-        assert "1 of the 2 images hold NaN" in str(error)  # noqa: PT017  # the huge value is predicted
-    assert equal_states(adapter.state_dict(), before, but=("_counters", "generator"))
-    assert len(adapter(batches[2])) == BATCH
+    changed, declared = changed_and_declared(adapter, batches[:1])
+    assert changed <= declared
+    assert bool(changed) == (make.method not in STILL)
+    assert predicts_and_learns_nothing(adapter, batches[2])
 
 
 def test_an_exported_detector_is_the_users_own(built):
