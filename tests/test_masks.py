@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 import tta
+from tta.cli import main
 from tta.datasets import driving
 from tta.datasets.corruptions import corrupt, corrupt_masks
 from tta.engine import AdaptCallback
@@ -51,6 +52,28 @@ def test_camvid(tmp_path):
     clean = tta.stream("camvid", root=tmp_path, batch_size=2)[0]
     expected = corrupt(clean.images, "fog", severity=3, seed=0, recipe="imagenet")
     assert torch.equal(tta.stream("camvid", root=tmp_path, batch_size=2, corruptions=["fog"])[0].images, expected)
+
+
+@pytest.mark.parametrize("decoder", ["trained", "none"])
+def test_ttt_mae_trains_its_decoder_on_a_folder_of_frames(decoder, tmp_path, capsys):
+    """A source stage of maps is refused (``tta train``); this is what takes its place."""
+    for name in "abcd":
+        picture(tmp_path / f"CamVid/train/{name}.png", size=(64, 48), colour=(50 * ord(name) % 256, 0, 90))
+    for name in "xyz":
+        picture(tmp_path / f"CamVid/test/{name}.png", size=(64, 48), colour=(2 * ord(name), 90, 0))
+        mask(tmp_path / f"CamVid/testannot/{name}.png", [0, 10], size=(64, 48))
+    words = ["run", "camvid", "source", "ttt_mae", "model=digits-maps", f"stream.root={tmp_path}", "batch_size=1"]
+    words += ["copies=2", "source_steps=2", "source_samples=4", "lr=0.01", "encoder_lr=1", "clean=false"]
+    source = [f"source={tmp_path / 'CamVid' / 'train'}"] if decoder == "trained" else []
+    code = main([*words, *source, "--out", str(tmp_path / "out")])
+    if decoder == "none":
+        assert code == 2
+        assert "source=" in capsys.readouterr().err
+        return
+    assert code == 0
+    plain, adapted = (Result.load(next((tmp_path / "out").glob(f"*/{name}*"))) for name in ("source", "ttt_mae"))
+    assert plain.rows[0].samples == adapted.rows[0].samples == 3 * 64 * 48
+    assert adapted.rows[0].sums["confusion"] != plain.rows[0].sums["confusion"]  # it has learned
 
 
 def drives(root, frames=5):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -123,19 +124,41 @@ class Kill(t.Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 4:
             os.kill(os.getpid(), 9)
-t.training.train("ttt", t.network(), t.SMALL, sys.argv[1], settings={**t.QUICK, "save_every": 1}, progress=False, callbacks=[Kill()])
+def replace(part, file, really=os.replace):
+    if file.name.endswith(".resume") and torch.load(part, weights_only=False)["global_step"] == 4:
+        os.kill(os.getpid(), 9)
+    really(part, file)
+if sys.argv[3] == "while it saves":
+    os.replace = replace
+callbacks = [Kill()] if sys.argv[3] == "between" else []
+t.training.train("ttt", t.network(), t.SMALL, sys.argv[1], settings={**t.QUICK, "save_every": 1}, progress=False, callbacks=callbacks)
 """
 
 
 @pytest.mark.slow
-def test_a_killed_process_resumes_to_the_same_weights(tmp_path):
-    settings = {"save_every": 1}
+@pytest.mark.parametrize(("when", "left"), [("between", 1), ("while it saves", 2)])
+def test_a_killed_process_resumes_to_the_same_weights(when, left, tmp_path):
+    settings, home = {"save_every": 1}, tmp_path / "part"
     whole = trained("ttt", tmp_path / "whole.safetensors", settings)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "part.safetensors"), os.path.dirname(__file__)]
-    )
-    assert killed.returncode == -9
-    assert trained("ttt", tmp_path / "part.safetensors", settings).path.read_bytes() == whole.path.read_bytes()
+    home.mkdir()
+    words = [str(home / "a.safetensors"), os.path.dirname(__file__), when]
+    assert subprocess.run([sys.executable, "-c", KILLED, *words]).returncode == -9
+    assert len(list(home.iterdir())) == left
+    assert trained("ttt", home / "a.safetensors", settings).path.read_bytes() == whole.path.read_bytes()
+    assert [file.name for file in home.iterdir()] == ["a.safetensors"]
+
+
+def test_what_a_killed_training_left_is_removed_and_what_others_write_stays(tmp_path):
+    host, file = socket.gethostname(), tmp_path / "a.safetensors"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = f".{file.name}.resume.{host}"
+    kept = [f"{mine}.{os.getppid()}.0a1b2c3d", f".{file.name}.resume.elsewhere.{ended.pid}.0a1b2c3d", ".b.resume.1"]
+    gone = [f"{mine}.{ended.pid}.0a1b2c3d", f"{mine}.{os.getpid()}.0a1b2c3d", f".{file.name}.resume.{ended.pid}"]
+    for name in kept + gone:
+        (tmp_path / name).write_text("half")
+    trained("source", file, {"epochs": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, file.name])
 
 
 def test_other_settings_do_not_resume(tmp_path):
@@ -203,6 +226,55 @@ def test_the_command_line(tmp_path, capsys):
 def test_wrong_words_are_told(words, said, tmp_path, capsys):
     assert main(["train", *words, "-o", str(tmp_path / "a.safetensors")]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path, capsys):
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(b"hours of work")
+    words = [
+        "train",
+        "source",
+        "digits-cnn",
+        "digits-c",
+        "epochs=1",
+        "batch_size=1000",
+        "augment=none",
+        "-o",
+        str(file),
+    ]
+    assert main(words) == 2
+    assert f"'{file}' exists: name another file, or replace it with --force." in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+    assert file.read_bytes() == b"hours of work"
+    assert main([*words, "--force"]) == 0
+    assert tta.load_model("digits-cnn", checkpoint=file)(IMAGES[:2].float() / 255).isfinite().all()
+
+
+@pytest.mark.parametrize("stream", ["digits-mosaic", "camvid"])
+def test_a_stream_of_maps_is_told_from_the_command_line(stream, tmp_path, capsys):
+    assert main(["train", "ttt_mae", "digits-maps", stream, "-o", str(tmp_path / "a.safetensors")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Stream '{stream}' is of segmentation; a source stage trains classifiers." in said
+    assert "source=FOLDER of `tta run`" in said
+
+
+@pytest.mark.parametrize("form", ["tensor", "out", "logits"])
+def test_a_model_of_maps_is_told(form, segmenter, tmp_path):
+    masks = torch.zeros(8, 32, 32, dtype=torch.long)
+    for data in ((IMAGES[:8], masks), (IMAGES[:8], LABELS[:8]), list(IMAGES[:8])):
+        with pytest.raises(ValueError, match=r"a source stage trains classifiers, and expected logits \(1, classes\)"):
+            training.train("ttt_mae", segmenter(form=form), data, tmp_path / "a.safetensors", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_that_are_no_classes_are_told(tmp_path):
+    for labels, kind in (
+        (torch.zeros(96, 4, 4, dtype=torch.long), r"int64 of shape \(4, 4\)"),
+        (LABELS[:96] / 2, "float32"),
+    ):
+        with pytest.raises(ValueError, match=f"The label of the first image is {kind}"):
+            trained("source", tmp_path / "a.safetensors", data=(SMALL[0], labels))
 
 
 def test_labels_beyond_the_classes_and_another_suffix_are_told(tmp_path):

@@ -1,8 +1,11 @@
 """Places to write to: tried before anything runs, claimed by one process alone, and written at once."""
 
 import contextlib
+import glob
 import itertools
 import os
+import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -91,3 +94,46 @@ def write(file: Path, content: Callable[[BinaryIO], Any]) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return file
+
+
+# ---------------------------------------------------------------------- what is being written
+
+
+def unfinished(target: Path) -> Path:
+    """A new hidden name beside a file or folder that is to be written, which says the process that writes it."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+
+
+def abandoned(target: Path, *, ours: bool = False) -> list[Path]:
+    """Unfinished parts of a file or folder whose process was killed; of other machines that cannot be known.
+
+    Args:
+        target: the file or folder.
+        ours: those with the number of this process too, which is writing none: in a container every run may have the same.
+    """
+    return [
+        part
+        for part in sorted(target.parent.glob(f".{glob.escape(target.name)}.*"))
+        if _is_abandoned(part.name.removeprefix(f".{target.name}.").split("."), ours)
+    ]
+
+
+def _is_abandoned(words: list[str], ours: bool) -> bool:
+    if words[-1].isdigit() and len(words) == 1:  # as earlier versions called it: the process alone
+        words = [socket.gethostname(), words[0], ""]
+    *host, process, _ = words if len(words) > 2 else ("", "", "")
+    if ".".join(host) != socket.gethostname() or not process.isdigit():
+        return False
+    return not _is_alive(int(process)) or (ours and int(process) == os.getpid())
+
+
+def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":  # there signal 0 is Ctrl+C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,22 +1,19 @@
 """Cells: single runs of a benchmark. Each is a pure function of its description and has a folder for its result or failure."""
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
-import sys
 import traceback
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tta import places
 from tta.benchmark import runs
 from tta.benchmark.settings import OF_MACHINE, OF_MODEL, RunSettings
 from tta.report.tables import BASELINE
@@ -153,7 +150,7 @@ def write(folder: Path, cell: Cell, outcome: Outcome) -> None:
 
     A result that is there already stays: it is of the same description.
     """
-    part = _beside(folder, cell)
+    part = places.unfinished(folder / cell.name)
     try:
         part.mkdir(parents=True)
         (part / "cell.json").write_text(json.dumps(cell.describe(), indent=2) + "\n", encoding="utf-8")
@@ -165,14 +162,9 @@ def write(folder: Path, cell: Cell, outcome: Outcome) -> None:
         _place(part, folder, cell)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # gone, if it has become the cell's folder
-    for left_over in folder.glob(f".{glob.escape(cell.name)}.*"):
-        if left_over.is_dir() and _is_abandoned(left_over, cell):
+    for left_over in places.abandoned(folder / cell.name):
+        if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
-
-
-def _beside(folder: Path, cell: Cell) -> Path:
-    """A new name for a folder beside the cell's, which says the process that writes it."""
-    return folder / f".{cell.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
 
 
 def _place(part: Path, folder: Path, cell: Cell) -> None:
@@ -186,7 +178,7 @@ def _place(part: Path, folder: Path, cell: Cell) -> None:
                 raise  # nothing was in the way
         else:
             return
-        aside = _beside(folder, cell)
+        aside = places.unfinished(folder / cell.name)
         try:
             os.rename(home, aside)  # a failure, or something incomplete
         except FileNotFoundError:  # another process did
@@ -194,24 +186,3 @@ def _place(part: Path, folder: Path, cell: Cell) -> None:
         if isinstance(_read(aside, cell), Result) and not home.exists():  # finished by another process meanwhile
             os.rename(aside, home)
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _is_abandoned(part: Path, cell: Cell) -> bool:
-    """Whether the process that wrote an unfinished part was killed; of other machines that cannot be known."""
-    words = part.name.removeprefix(f".{cell.name}.").split(".")
-    if words[-1].isdigit() and len(words) == 1:  # as earlier versions called it: the process alone
-        return not _is_alive(int(words[0]))
-    *host, process, _ = words if len(words) > 2 else ("", "", "")
-    return ".".join(host) == socket.gethostname() and process.isdigit() and not _is_alive(int(process))
-
-
-def _is_alive(process: int) -> bool:
-    if sys.platform == "win32":  # there signal 0 is Ctrl+C
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

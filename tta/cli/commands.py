@@ -282,6 +282,7 @@ def _train(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with usage_errors():
         request = stage.parse(arguments.method, arguments.words)
+        stage.check(arguments.data, arguments.out, arguments.force)
         model = stage.make_model(arguments.model, request)
         data = stage.images(arguments.data, model, request)
     done = training.train(

@@ -266,6 +266,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA")
     parser.add_argument("words", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 
 def _list(parser: argparse.ArgumentParser) -> None:

@@ -43,10 +43,17 @@ def drawn_from(seed: int, number: int) -> torch.Generator:
 
 
 def require_labels(data: Dataset[Any]) -> None:
-    """Raise a ValueError unless there are pairs of an image and a label."""
+    """Raise a ValueError unless there are pairs of an image and the number of its class."""
     if not len(data) or not isinstance(data[0], (tuple, list)) or len(data[0]) < 2:  # type: ignore[arg-type]
         raise ValueError(
             "A source stage needs images with labels: a stream with source images, or a folder CLASS/IMAGE."
+        )
+    label = torch.as_tensor(data[0][1])
+    if label.numel() != 1 or label.is_floating_point():
+        kind = str(label.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The label of the first image is {kind} of shape {tuple(label.shape)}; a source stage trains classifiers, and "
+            "expected the number of its class."
         )
 
 

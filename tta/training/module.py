@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tta import augment, auxiliary
+from tta import augment, auxiliary, places
 from tta.functional import logits_of
 from tta.training.data import drawn_from
 from tta.training.settings import TrainSettings
@@ -112,10 +112,17 @@ def augmented(images: Tensor, choice: Any, generator: torch.Generator) -> Tensor
 
 
 class Resumable(Callback):
-    """Saves the training's whole state every so many steps and after each epoch, in one file that is never half written."""
+    """Saves the training's whole state every so many steps and after each epoch, in one file that is never half written.
+
+    Parts that a killed process left beside it are removed when the training begins.
+    """
 
     def __init__(self, file: Path, every: int) -> None:
         self.file, self.every = file, every
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for part in places.abandoned(self.file, ours=True):
+            part.unlink(missing_ok=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,9 +135,12 @@ class Resumable(Callback):
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        part = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        trainer.save_checkpoint(part)
-        os.replace(part, self.file)
+        part = places.unfinished(self.file)
+        try:
+            trainer.save_checkpoint(part)
+            os.replace(part, self.file)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 class Best(Callback):

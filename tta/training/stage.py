@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tta import auxiliary_file, config, methods, places
 from tta.adapter import config_class
-from tta.functional import logits_of
 from tta.hyperparameters import as_dict
 from tta.messages import trainer_silenced
 from tta.training.data import collated, loaders, require_labels
@@ -62,7 +61,7 @@ def train(
         method: of ``tta list methods``, one with a source stage (``ttt``, ``clust3`` ...); ``"source"`` trains the classifier alone.
         model: it is trained in place, from the weights that it has; in the end it is on the CPU, in ``eval()`` mode.
         data: images with labels: (images, labels), or a dataset of pairs; images uint8 or in [0, 1].
-        out: the file, ``.safetensors``.
+        out: the file, ``.safetensors``; one that is there is replaced.
         settings: of the training.
         progress: show a progress bar.
         logger: any Lightning logger(s) in place of the one that the settings name.
@@ -70,8 +69,8 @@ def train(
         hparams: hyper-parameters of the method that say how its part is made, such as ``split=``.
 
     Raises:
-        ValueError: a method without a source stage, settings that do not fit, a label that is no class of the model, a checkpoint
-            of another training, or weights that are not finite in the end.
+        ValueError: a method without a source stage, a model that is no classifier, settings that do not fit, a label that is no
+            class of the model, a checkpoint of another training, or weights that are not finite in the end.
         SystemExit: stopped by SIGTERM or Ctrl+C; the same call resumes.
 
     Example:
@@ -90,13 +89,14 @@ def train(
     if file.suffix != ".safetensors":
         raise ValueError(f"The file of a source stage is called *.safetensors; got '{file}'.")
     images = TensorDataset(*data) if isinstance(data, tuple) else data
+    classes = _classes(model, images)
     require_labels(images)
     with places.tried(file, is_file=True), isolate_rng(), trainer_silenced(), _determinism_restored():
         pl.seed_everything(wanted.seed, verbose=False)
         part = None
         if kind is not None:
             part = kind.make_auxiliary(model, method_config, torch.Generator().manual_seed(wanted.seed))
-        training, held = loaders(images, wanted, _classes(model, images))
+        training, held = loaders(images, wanted, classes)
         module = SourceModule(model, part, kind, method_config, wanted, wanted.epochs * len(training))
         training.batch_sampler.done = lambda: module.global_step  # type: ignore[union-attr]
         module.train()
@@ -240,16 +240,28 @@ def _check_finite(module: nn.Module, resume: Path) -> None:
 
 
 def _classes(model: nn.Module, data: Dataset[Any]) -> int:
-    """Number of classes of a model, from its logits for the first image."""
-    (image,), _ = collated([(data[0][0], 0)], 1)
+    """Number of classes of a model, from its output for the first image.
+
+    Raises:
+        ValueError: it predicts something else than one class an image.
+    """
+    first = data[0]
+    (image,), _ = collated([(first[0] if isinstance(first, (tuple, list)) else first, 0)], 1)
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            logits = model.eval()(image[None].to(next(model.parameters()).device))
-        return logits_of(logits).shape[1]
+            output = model.eval()(image[None].to(next(model.parameters()).device))
     finally:
         for module, mode in modes.items():
             module.training = mode
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"The model's output for one image is {found}; a source stage trains classifiers, and expected logits (1, classes). "
+            "For segmentation, `ttt_mae` trains its decoder itself on a folder of images, source=FOLDER, or is given one, auxiliary=."
+        )
+    return int(logits.shape[1])
 
 
 def _write(
