@@ -453,9 +453,9 @@ def test_cells_on_ray_run_where_freed_memory_is_kept(monkeypatch):
     seen = []
     ray = SimpleNamespace(
         init=lambda **_: None,
-        cluster_resources=dict,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 2}}, {"Alive": False, "Resources": {"CPU": 8}}],
         remote=lambda **_: lambda function: SimpleNamespace(remote=lambda *given: (function, given)),
-        wait=lambda tasks, num_returns: (tasks[:num_returns], tasks[num_returns:]),
+        wait=lambda tasks, num_returns, timeout: (tasks[:num_returns], tasks[num_returns:]),
         get=lambda task: task[0](*task[1]),
         exceptions=SimpleNamespace(RayError=RuntimeError),
         shutdown=lambda: seen.append("down"),
@@ -472,6 +472,22 @@ def test_without_ray_the_message_says_how_to_get_it(monkeypatch):
         list(workers.over_ray(eval, ["1"], "local"))
     with pytest.raises(ConfigError, match="Ray decides"):
         tta.bench(TINY, jobs=2, ray="local")
+
+
+@pytest.mark.parametrize("amount", ["two", True, -1, 1.5, float("nan"), None])
+def test_what_a_run_takes_of_a_machine_is_a_number(amount):
+    with pytest.raises(ConfigError, match=r"resources: expected for 'GPU' .* GPU: 0\.5"):
+        benchmark.load(TINY, {"resources": {"GPU": amount}})
+
+
+def test_what_a_run_takes_of_a_machine_changes_no_cell(monkeypatch, tmp_path):
+    given = {"resources": {"GPU": 0.5, "a100": 1}}
+    assert names(TINY) == names({**TINY, **given})
+    seen = []
+    monkeypatch.setattr(workers, "over_ray", lambda *arguments: seen.append(arguments) or iter(()))
+    tta.bench({**TINY, **given}, out=tmp_path, ray="auto")
+    tta.bench({**TINY, "accelerator": "cpu"}, out=tmp_path, ray="auto")
+    assert [arguments[3] for arguments in seen] == [given["resources"], {"GPU": 0}]
 
 
 def test_command_line_lists_refuses_and_shows(tmp_path, capsys):

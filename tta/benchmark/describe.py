@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,9 @@ class Benchmark(SharedSettings):
         metrics: columns behind the errors, by their names in :attr:`tta.Result.metrics`, and ``samples``.
         order: order of the table's rows: as ``"given"``, or by the mean ``"error"``.
         published: name of a published table to compare with.
+        resources: what a run takes of a machine of a Ray cluster: ``{CPU: 4, GPU: 0.5}``, ``memory`` in bytes, or a name
+            that machines were started with. It changes no number, and without Ray it says nothing. Left out: one CPU and,
+            unless ``accelerator`` is ``cpu``, one GPU where the cluster has any.
     """
 
     name: str = ""
@@ -75,6 +79,7 @@ class Benchmark(SharedSettings):
     metrics: list[str] = field(default_factory=list)
     order: str = "given"
     published: str | None = None
+    resources: dict[str, Any] = field(default_factory=dict)
 
 
 # Keys of a description in the order in which they are written: its name first. Dataclasses put inherited fields first.
@@ -176,6 +181,7 @@ def _check(benchmark: Benchmark) -> None:
 
     if not (benchmark.methods and benchmark.streams and benchmark.seeds):
         raise config.ConfigError("A benchmark needs methods, streams and seeds; one of them is empty.")
+    _check_resources(benchmark.resources)
     own = [spec for spec in benchmark.models if ":" not in spec]
     _known("model", own, models.list_models())
     _known("stream", benchmark.streams, catalog.STREAMS)
@@ -196,6 +202,16 @@ def _check(benchmark: Benchmark) -> None:
     for preset in benchmark.presets:
         if preset is not None and not any(preset in config.load("method", name) for name in benchmark.methods):
             raise config.ConfigError(f"None of {', '.join(benchmark.methods)} has a preset '{preset}'.")
+
+
+def _check_resources(resources: Mapping[str, Any]) -> None:
+    for name, amount in resources.items():
+        is_number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+        if not is_number or not math.isfinite(amount) or amount < 0 or (amount > 1 and amount != int(amount)):
+            raise config.ConfigError(
+                f"resources: expected for '{name}' a number from 0, and above 1 a whole one; got {amount!r}. A run that shares a "
+                "GPU with another takes GPU: 0.5."
+            )
 
 
 def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -354,7 +370,8 @@ def bench(
         The table; it shows each failed cell with its reason. Failed cells are run again the next time.
 
     Raises:
-        ConfigError: a description with unknown names or values that do not fit, or ``jobs`` together with ``ray``.
+        ConfigError: a description with unknown names or values that do not fit, ``jobs`` together with ``ray``, or
+            no machine of the cluster has what a run takes.
         ImportError: Ray is asked for and not installed.
         OSError: nothing can be written to ``out``.
 
@@ -378,7 +395,7 @@ def run(
 ) -> Summary:
     """Run the unfinished cells of a benchmark's rows and sum up all rows; arguments are those of :func:`bench`.
 
-    ``say`` is told if cells are run by another process on the same folder, which are waited for.
+    ``say`` is told if cells are run by another process on the same folder, which are waited for, or wait for a machine.
     """
     if jobs < 1 or (ray and jobs > 1):
         raise config.ConfigError(
@@ -393,15 +410,17 @@ def run(
     found = {cell.name: cells.read(folder / CELLS, cell) for cell in todo}
     outcomes: dict[str, Outcome] = {name: outcome for name, outcome in found.items() if isinstance(outcome, Result)}
     left = [cell for cell in todo if cell.name not in outcomes]
+    tell = say or (lambda _: None)
 
     def work(mine: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome]]:
         if ray:
-            return workers.over_ray(cells.run_cell, mine, ray)
+            no_gpu = {"GPU": 0} if benchmark.accelerator == "cpu" else {}
+            return workers.over_ray(cells.run_cell, mine, ray, {**no_gpu, **benchmark.resources}, tell)
         if jobs > 1 and len(left) > 1:
             return workers.in_processes(cells.run_cell, mine, jobs)
         return workers.here(cells.run_cell, mine)
 
-    for cell, outcome in claims.shared(left, folder / CELLS, work, say or (lambda _: None)):
+    for cell, outcome in claims.shared(left, folder / CELLS, work, tell):
         outcomes[cell.name] = outcome
         if report:
             report(cell, outcome, len(outcomes), len(todo))

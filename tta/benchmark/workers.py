@@ -5,22 +5,28 @@ outcomes and the caller writes them, so that a cluster needs no shared file syst
 for it, so that several processes may share the cells.
 """
 
+import contextlib
 import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import connection
 from typing import Any
 
+from tta import config
 from tta.allocator import keep_freed_memory
 from tta.benchmark.cells import Cell, Failure, Outcome
 
 Task = Callable[[Cell], Outcome]
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+OF_RAY = ("CPU", "GPU", "memory")  # have arguments of their own
+OF_NO_CELL = ("node:", "object_store_memory")  # what a machine has besides: its own name, and room for Ray's objects
+RETRIES = 3  # of a cell whose machine or process dies
+POLL_SECONDS = 10.0  # between two looks at the cluster's machines
 DIED = "The process died before it was done; it may have run out of memory."
 
 
@@ -62,48 +68,110 @@ def in_processes(task: Task, cells: Iterable[Cell], jobs: int) -> Iterator[tuple
             yield cell, outcome
 
 
-def over_ray(task: Task, cells: Iterable[Cell], address: str) -> Iterator[tuple[Cell, Outcome]]:
-    """Cells on the machines and GPUs of a Ray cluster; one GPU per cell where there are any.
+def over_ray(
+    task: Task,
+    cells: Iterable[Cell],
+    address: str,
+    resources: Mapping[str, float] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[Cell, Outcome]]:
+    """Cells on the machines and GPUs of a Ray cluster. Those of a machine that dies are run again, at most three times.
 
     Args:
         task: runs a cell.
         cells: the cells to run.
         address: address of the cluster (``auto`` finds one on this machine), or ``local`` to start one for this call.
+        resources: what a cell takes of its machine, by Ray's names: ``CPU``, ``GPU``, ``memory`` in bytes, and those that
+            a machine was started with. Left out: one CPU, and one GPU where the cluster has any.
+        say: called once, with a sentence, when no machine is left that has what a cell takes.
 
     Raises:
         ImportError: Ray is not installed.
+        ConfigError: no machine of the cluster has what a cell takes.
     """
     try:
         import ray
     except ImportError:
         raise ImportError("Ray is not installed. Get it with: pip install 'tta-toolkit[ray]'") from None
-    where = {"include_dashboard": False} if address == "local" else {"address": address}
-    ray.init(log_to_driver=False, **where)
+    # Without an address Ray would connect to a cluster that happens to run on this machine.
+    alone: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, **alone)
     try:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_in_worker)
+        taken = _taken(ray, resources or {})
+        remote = ray.remote(max_retries=RETRIES, **_options(taken))(_in_worker)
         waiting = iter(cells)
         running: dict[Any, Cell] = {}
+        said = False
         while True:
             # Twice as many as can run, so that none waits for this process, and no more: others may share the work.
-            room = max(1, 2 * int(ray.cluster_resources().get("CPU", 1)))
-            for cell in islice(waiting, room - len(running)):
-                running[remote.remote(task, cell)] = cell
+            places = _places(ray, taken)
+            room = max(1, 2 * places) - len(running)  # negative where a machine has gone
+            for cell in islice(waiting, max(0, room)):
+                running[remote.remote(task, cell, os.getcwd())] = cell
             if not running:
                 break
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            cell = running.pop(done)
-            try:
-                outcome = ray.get(done)
-            except ray.exceptions.RayError as error:
-                outcome = Failure(str(error).strip().splitlines()[0])
-            yield cell, outcome
+            if not places and not said:
+                said = True
+                say(f"No machine is left that has what a cell takes ({_listed(taken)}): waiting for one.")
+            # Looks up now and then, for machines that have joined or gone.
+            for done in ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)[0]:
+                cell = running.pop(done)
+                try:
+                    outcome = ray.get(done)
+                except ray.exceptions.RayError as error:
+                    outcome = Failure(_reason(error))
+                yield cell, outcome
     finally:
         ray.shutdown()
 
 
-def _in_worker(task: Task, cell: Cell) -> Outcome:
-    keep_freed_memory()  # Ray starts its processes itself: there is no initialiser as in _pool
+def _taken(ray: Any, resources: Mapping[str, float]) -> dict[str, float]:
+    """What a cell takes of its machine; a ConfigError if that is nothing, or more than any machine has."""
+    gpu = 1 if any(machine.get("GPU") for machine in _machines(ray)) else 0
+    taken = {name: amount for name, amount in {"CPU": 1, "GPU": gpu, **resources}.items() if amount}
+    if not taken:
+        raise config.ConfigError(f"A cell takes something of its machine; got resources={dict(resources)!r}.")
+    if not _places(ray, taken):
+        raise config.ConfigError(
+            f"No machine of the Ray cluster has what a cell takes ({_listed(taken)}). There are: "
+            f"{'; '.join(map(_listed, _machines(ray)))}. Set resources=, or start a machine that has it."
+        )
+    return taken
+
+
+def _options(taken: Mapping[str, float]) -> dict[str, Any]:
+    """The same as Ray's arguments. One that is left out is no zero: a task takes a CPU then."""
+    of_ray = {"num_cpus": taken.get("CPU", 0), "num_gpus": taken.get("GPU", 0), "memory": taken.get("memory")}
+    return {**of_ray, "resources": {name: amount for name, amount in taken.items() if name not in OF_RAY}}
+
+
+def _machines(ray: Any) -> list[dict[str, float]]:
+    """What each machine of the cluster that is alive has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _places(ray: Any, taken: Mapping[str, float]) -> int:
+    """Number of cells that the cluster can run at once."""
+    return sum(min(int(machine.get(name, 0) / amount) for name, amount in taken.items()) for machine in _machines(ray))
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    shown = {name: amount for name, amount in resources.items() if not name.startswith(OF_NO_CELL)}
+    return ", ".join(f"{name} {amount:g}" for name, amount in sorted(shown.items())) or "nothing"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong, not of Ray's words on where."""
+    cause = getattr(error, "cause", None)
+    said = str(error) if cause is None else f"{type(cause).__name__}: {cause}"
+    return said.strip().splitlines()[0]
+
+
+def _in_worker(task: Task, cell: Cell, folder: str) -> Outcome:
+    # Ray starts its processes in the folder where the machine joined; the paths of a cell are meant from the caller's.
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+    keep_freed_memory()  # there is no initialiser as in _pool
     return task(cell)
 
 
