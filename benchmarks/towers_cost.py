@@ -1,5 +1,7 @@
 """Cost of the methods for vision-language models: time of an image in zero-shot forwards, the shortest of some turns.
 
+Time is the processor's, on one core: on a machine that others use, too, a long call waits oftener than a short one.
+
     python benchmarks/towers_cost.py                  # the embedded model, 64 views
     python benchmarks/towers_cost.py --size vit-b32   # random towers of the size of CLIP's ViT-B/32, one image
 
@@ -33,10 +35,10 @@ def of_size(size: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def seconds(run: Callable[[torch.Tensor], object], image: torch.Tensor) -> float:
-    """Time of one call."""
-    start = time.perf_counter()
+    """Processor time of one call."""
+    start = time.process_time()
     run(image)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:

@@ -94,6 +94,31 @@ SHARED = {
 }
 
 
+def test_a_vision_language_model_is_benchmarked_with_its_zero_shot_error_as_a_line(tmp_path):
+    """``tta run`` puts the zero-shot error beside every method unasked; a cell has one method."""
+    few = {"seeds": [0, 1], "methods": ["source", "tda"], "stream.samples": 6, "stream.corruptions": ["fog"]}
+    summary = tta.bench("vlm-mini", out=tmp_path, settings=few)
+    assert "failed" not in str(summary)
+    found = [
+        cells.read(tmp_path / "cells", cell)
+        for cell in benchmark.in_order(benchmark.entries(benchmark.load("vlm-mini", few)))
+    ]
+    assert [(one.method, one.seed) for one in found] == [("source", 0), ("tda", 0), ("source", 1), ("tda", 1)]
+    assert all((one.samples, one.manifest["model"]["templates"]) == (6, ["a photo of a {}."]) for one in found)
+    first, second = (one.predictions.index.tolist() for one in found[1::2])
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_the_papers_protocol_is_run_with_every_method_that_takes_single_images():
+    described = benchmark.load("vlm-mini")
+    assert {*described.methods} == {"source", *tta.list_methods(two_towers=True)} - {"batclip"}
+    assert described.protocols == {"batch-1": {"shuffle": True}}
+    samples = described.streams["digits-c"]["samples"]
+    assert described.methods["onzeta"]["length"] == samples
+    assert len(described.seeds) >= 3
+
+
 def test_settings_of_a_benchmark_are_those_of_its_cells_and_of_their_requests():
     assert SHARED.keys() == {field.name for field in dataclasses.fields(settings.SharedSettings)}
     for cell in benchmark.in_order(benchmark.entries(benchmark.load({**TINY, **SHARED}))):

@@ -95,5 +95,18 @@ def test_a_run_gives_a_model_the_names_of_the_stream(tmp_path, small, monkeypatc
 
 def test_imagenets_names_are_a_thousand_and_differ():
     names = models.imagenet_names()
-    assert len(set(names)) == 1000
+    assert len(names) == len(set(names)) == 1000
     assert names[:2] == ["tench", "goldfish"]
+    # what CLIP's authors say that they changed
+    assert [names[n] for n in (21, 134, 517, 677)] == [
+        "kite (bird of prey)",
+        "crane bird",
+        "construction crane",
+        "metal nail",
+    ]
+
+
+def test_imagenets_names_are_those_that_open_clip_ships():
+    theirs = pytest.importorskip("open_clip", reason="needs the extra `clip`").zero_shot_metadata.IMAGENET_CLASSNAMES
+    ours = models.imagenet_names()
+    assert {n: theirs[n] for n in range(1000) if ours[n] != theirs[n]} == {744: "missile", 836: "sunglasses"}

@@ -181,7 +181,11 @@ MUTANTS = {
     ),
     "dynaprompt": (24, {"stands_still": 0, "kept": {"wipe": False, "lr": 1e-2}, "two_prompts": {"prompts": 2}}),
     "dynaprompt_p50": (24, {"of_tpt": {"lr": 5e-3}}),
-    "dynaprompt_kept": (24, {"paper": {"rule": "paper"}, "wiped": {"wipe": True}}),
+    # Without decay the first image is off at the 33rd, and the 54th by 28 times the bound.
+    "dynaprompt_kept": (
+        56,
+        {"paper": {"rule": "paper"}, "wiped": {"wipe": True}, "no_decay": {"weight_decay": 0.0}},
+    ),
     "zero": (16, {"more_views": {"selection": 0.4}, "all_views": {"selection": 1.0}}),
 }
 

@@ -18,7 +18,7 @@ else:
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"tta": "tta", "methods": "tta/methods", "datasets": "tta/datasets", "configs": "tta/configs"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SHIPPED = {".py", ".yaml", ".safetensors", ".typed", ".html", ".css", ".js"}
+SHIPPED = {".py", ".yaml", ".safetensors", ".txt", ".typed", ".html", ".css", ".js"}
 # Extras of the package whose libraries it imports by name; the others are for its developers.
 LIBRARIES = ("plot", "hf", "clip", "ray", "serve", "demo", "export")
 IMPORTED_AS = {

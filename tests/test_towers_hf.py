@@ -1,12 +1,14 @@
 """CLIP and SigLIP of transformers, from a folder: what the classifier gives is what the library's own model gives."""
 
 import json
+import pickle
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import tta
+from tta.models.vision_language import Tokenizer
 from tta.towers import WordTokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'tta-toolkit[hf]'")
@@ -93,6 +95,28 @@ def test_a_siglip_gives_its_own_logits_with_its_bias(siglip):
         found = ours(IMAGES)
     assert torch.allclose(found, expected, atol=2e-5)
     assert ours.model.logit_bias == -3
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_model_that_was_saved_whole_or_sent_to_a_process_predicts_the_same(kind, request, tmp_path):
+    own = {"tokenize": padded} if kind == "siglip" else {}
+    model = tta.load_model(f"hf-clip:{request.getfixturevalue(kind)[0]}", classes=NAMES, **own)
+    adapter = tta.adapt(model, "tda")
+    torch.save(adapter, tmp_path / "adapter.pt")
+    saved, sent = torch.load(tmp_path / "adapter.pt", weights_only=False), pickle.loads(pickle.dumps(model))
+    assert torch.equal(saved(IMAGES), adapter(IMAGES))
+    texts = ["a photo of a owl.", "a red cat."]
+    assert torch.equal(sent.model.encode(texts), model.model.encode(texts))
+
+
+def test_small_letters_and_one_length_are_siglips_alone():
+    class Spelling:
+        def __call__(self, texts, padding, truncation, max_length, return_tensors):
+            assert (truncation, return_tensors) == (True, "pt")
+            return {"input_ids": (texts, padding, max_length)}
+
+    assert Tokenizer(Spelling(), True, 12)(["A Cat"]) == (["a cat"], "max_length", 12)
+    assert Tokenizer(Spelling(), False, 40)(["A Cat"]) == (["A Cat"], True, 40)
 
 
 @pytest.mark.slow

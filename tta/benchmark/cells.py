@@ -102,7 +102,8 @@ def run_cell(cell: Cell) -> Outcome:
         request = cell.request
         described = {name: value for name, value in cell.describe().items() if name in OF_STREAM}
         stream = _stream(json.dumps(described, sort_keys=True))
-        ((_, adapter),) = runs.make_adapters(runs.source_models(request, stream), request)
+        made = dict(runs.make_adapters(runs.source_models(request, stream), request))
+        adapter = made[cell.method]  # beside it a vision-language model has its zero-shot error, a cell of its own
         consistency = Consistency()
         result = runs.run_adapter(
             adapter,

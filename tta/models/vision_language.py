@@ -5,7 +5,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -40,18 +39,20 @@ def names_of(spec: ModelSpec) -> Sequence[str]:
 
 
 def imagenet_names() -> list[str]:
-    """Names of ImageNet's 1000 classes: the first word of each in WordNet, as timm has them; all different.
+    """Names of ImageNet's 1000 classes as CLIP's authors curated them, with which the published numbers were made; all different.
 
-    CLIP's authors wrote names of their own, with which the published numbers were made; they are some points better.
+    Two of the published names stand twice, "missile" and "sunglasses", so that their second class is never predicted: here 744
+    is "projectile" and 836 "sunglass", WordNet's first words for them.
 
-    Fellbaum, "WordNet: An Electronic Lexical Database", MIT Press 1998.
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021,
+    https://github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb; its licence stands in the file of the names.
     """
-    known: Any = timm.data
-    names = [known.ImageNetInfo().index_to_description(number).partition(",")[0] for number in range(1000)]
+    lines = (resources.files("tta") / "class_names" / "imagenet.txt").read_text(encoding="utf-8").splitlines()
+    names = (line for line in lines if not line.startswith("#"))
     return [ALIKE.get(number, name) for number, name in enumerate(names)]
 
 
-ALIKE = {134: "crane bird", 517: "crane machine", 639: "tank suit"}  # beside 638, maillot
+ALIKE = {744: "projectile", 836: "sunglass"}  # beside 657, missile, and 837, sunglasses
 
 # ---------------------------------------------------------------------- embedded
 
@@ -159,21 +160,31 @@ def _fetched(spec: ModelSpec) -> Any:
 KINDS = ("clip", "siglip")
 
 
-def _tokenizer(name: str, config: Any) -> Any:
-    """Texts -> ids, as the text tower was trained: SigLIP's reads its last token, so that texts are padded to one length."""
-    from transformers import AutoTokenizer
+class Tokenizer:
+    """Texts -> ids, as the text tower was trained: SigLIP's reads its last token, so that texts are padded to one length.
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    longest = config.text_config.max_position_embeddings
-    padding = "max_length" if config.model_type == "siglip" else True
+    Args:
+        tokenizer: of transformers.
+        siglip: whether the tower is SigLIP's, which knows small letters alone; else CLIP's.
+        longest: most tokens that the tower reads.
+    """
 
-    def tokenize(texts: Sequence[str]) -> Tensor:
-        given = [text.lower() for text in texts] if config.model_type == "siglip" else list(texts)
-        found = tokenizer(given, padding=padding, truncation=True, max_length=longest, return_tensors="pt")
+    def __init__(self, tokenizer: Any, siglip: bool, longest: int) -> None:
+        self.tokenizer, self.siglip, self.longest = tokenizer, siglip, longest
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        given = [text.lower() if self.siglip else text for text in texts]
+        padding = "max_length" if self.siglip else True
+        found = self.tokenizer(given, padding=padding, truncation=True, max_length=self.longest, return_tensors="pt")
         ids: Tensor = found["input_ids"]
         return ids
 
-    return tokenize
+
+def _tokenizer(name: str, config: Any) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    longest = config.text_config.max_position_embeddings
+    return Tokenizer(AutoTokenizer.from_pretrained(name), config.model_type == "siglip", longest)
 
 
 def _preprocessing(name: str, config: Any) -> tuple[Sequence[float], Sequence[float], dict[str, Any]]:
