@@ -1,24 +1,30 @@
-"""Write the two tables of docs/performance.md: what a step costs, how far that is from the floor, and how it grows.
+"""Write the tables of docs/performance.md: what a step costs, how far that is from the floor, how it grows, what memory it takes.
 
-    python benchmarks/performance.py                                   # a quarter of an hour on two free cores
+    python benchmarks/performance.py                                   # half an hour on two free cores
     python benchmarks/performance.py --compile norm tent sar           # these compiled too, a minute or two more each
     python benchmarks/performance.py --beside released.py              # and other programs, in the same rounds
+    python benchmarks/performance.py --tables steps --methods roid     # one row; the others stay
 
 A file given with ``--beside`` is a Python file with ``STEPS = {method: build}``, where ``build(model, source)`` gives a function
 that adapts a copy of the model to a batch and returns its logits: the papers' released code, from wherever it was fetched.
-`plain.py` is an example. Only what stands between the markers of the page is written; its text is edited there.
+`plain.py` is an example. Only what stands between the markers of the page is written; its text is edited there. Rows that
+are kept were measured by an earlier command, on the same number of threads, batch, rounds and torch version: others are
+refused.
 
 Frozen forward, eager step, compiled step and the other program's step run one after another in every round; a ratio is one of
-medians of these rounds. A busy machine lengthens them alike; the medians of two runs differ by about 3 %.
+medians of these rounds. A busy machine lengthens them alike; the medians of two runs differ by about 3 %. With
+``--threads 1`` they are times of the processor, not of the clock on the wall.
 """
 
 import argparse
 import importlib.util
 import math
+import re
 import shlex
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +34,20 @@ from torch import Tensor, nn
 
 import tta
 from tta.allocator import keep_freed_memory
+from tta.models.networks import CifarResNet, WideResNet
+from tta.results.cost import Passes
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 CPU = torch.device("cpu")
 # Forwards and backward passes of a step, each as long as a frozen forward channels last. A backward pass to the maps alone is
-# as long as a forward, one to convolution weights too twice that.
-PASSES = {"norm": 1, "tent": 2, "eata": 2, "sar": 4, "deyo": 3, "actmad": 3, "rotta": 4, "stamp": 19, "cotta": 37}
-GROWTH = {"batch": (25, 50, 100, 200), "side": (16, 32, 64)}
+# as long as a forward, one to convolution weights too twice that. None: each forward that the step is seen to make has a
+# backward pass, and their number depends on what a filter keeps.
+PASSES = {
+    **{"norm": 1, "tent": 2, "eata": 2, "sar": 4, "deyo": 3, "roid": None, "actmad": 3, "rotta": 4, "stamp": 19},
+    "cotta": 37,
+}
+TABLES = ("steps", "growth", "memory")
+GROWING = ("norm", "tent", "sar", "t3a")
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -50,6 +63,18 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 def frozen(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return torch.no_grad()(lambda: model(x))
+
+
+def passes(adapter: tta.Adapter, method: str, x: Tensor) -> float:
+    """Number of passes of a step, see PASSES."""
+    known = PASSES[method]
+    if known is not None:
+        return known
+    counter = Passes()
+    counter.attach(adapter)
+    adapter(x)
+    counter.detach()
+    return 2 * counter.forwards / len(x)
 
 
 def measure(
@@ -71,6 +96,7 @@ def measure(
         beside = other(model, images)
         calls["beside"] = lambda: beside(x)
     found = medians(calls, rounds)
+    found["floor"] = passes(adapter, method, x) * found.pop("last")
     return found, peak_bytes(lambda: adapter(x), CPU) - peak_bytes(frozen(model, x), CPU)
 
 
@@ -81,7 +107,7 @@ def table(rows: dict[str, tuple[dict[str, float], int]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for method, (found, memory) in rows.items():
-        unit, floor = found["frozen"], PASSES[method] * found["last"]
+        unit, floor = found["frozen"], found["floor"]
 
         def shown(name: str, by: float, found: dict[str, float] = found) -> str:
             return f"{found[name] / by:.2f}" if name in found and by else ""
@@ -99,19 +125,41 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def growth(model: nn.Module, methods: Sequence[str], rounds: int) -> str:
+def sizes() -> dict[str, list[tuple[float, Callable[[], nn.Module], tuple[int, ...]]]]:
+    """What grows: for each kind of size the sizes, with the model and the shape of the batch of each."""
+
+    def model(**changes: int) -> Callable[[], nn.Module]:
+        return lambda: CifarResNet(**changes).eval()
+
+    def wide(width: int) -> Callable[[], nn.Module]:
+        return lambda: WideResNet(16, width).eval()
+
+    return {
+        "batch": [(size, model(), (size, 3, 32, 32)) for size in (25, 50, 100, 200)],
+        "side of the images": [(size, model(), (50, 3, size, size)) for size in (16, 32, 64)],
+        "classes, 10 to 1000": [(size, model(num_classes=size), (50, 3, 32, 32)) for size in (10, 100, 1000)],
+        "depth, 20 to 56 layers": [(depth, model(depth=depth), (50, 3, 32, 32)) for depth in (20, 32, 44, 56)],
+        "width, 1 to 4 times": [(width, wide(width), (25, 3, 32, 32)) for width in (1, 2, 4)],
+    }
+
+
+def growth(model: nn.Module, rounds: int) -> str:
     """Growth of the time of a step: a table of fitted exponents, and the cost of a view of cotta."""
-    lines = ["| method | batch | side of the images |", "|---|--:|--:|"]
-    for method in methods:
+    kinds = sizes()
+    lines = [f"| method | {' | '.join(kinds)} |", f"|---|{'--:|' * len(kinds)}"]
+    for method in ("frozen", *GROWING):
         fits = []
-        for axis, sizes in GROWTH.items():
+        for grown in kinds.values():
             calls = {}
-            for size in sizes:
-                x = torch.rand(*((size, 3, 32, 32) if axis == "batch" else (50, 3, size, size)))
-                adapter = tta.adapt(model, method, source=x)
-                calls[str(size)] = lambda adapter=adapter, x=x: adapter(x)
-            fits.append(exponent(sizes, list(medians(calls, rounds).values())))
-        lines.append(f"| `{method}` | {' | '.join(f'{fit:.2f}' for fit in fits)} |")
+            for size, build, shape in grown:
+                x, network = torch.rand(*shape), build()
+                adapter = frozen(network, x) if method == "frozen" else partial(tta.adapt(network, method, source=x), x)
+                calls[str(size)] = adapter
+            fits.append(exponent([size for size, *_ in grown], list(medians(calls, rounds).values())))
+        lines.append(
+            f"| {f'`{method}`' if method in GROWING else 'frozen forward'} | {' | '.join(f'{fit:.2f}' for fit in fits)} |"
+        )
+        print(lines[-1], flush=True)
     x = torch.rand(50, 3, 32, 32)
     calls = {"frozen": frozen(model, x)}
     for views in (2, 10):
@@ -120,6 +168,65 @@ def growth(model: nn.Module, methods: Sequence[str], rounds: int) -> str:
     found = medians(calls, rounds)
     each = (found["10"] - found["2"]) / 8 / found["frozen"]
     return "\n".join([*lines, "", f"A view of `cotta` costs {each:.2f} frozen forwards."])
+
+
+def memory(model: nn.Module, images: Tensor, others: dict[str, Any]) -> str:
+    """Peak of memory of every method that takes the model, from building it through two steps, above a frozen forward's."""
+    lines = ["| method | MB above | other program | ratio |", "|---|--:|--:|--:|"]
+    refused = []
+
+    def above(build: Callable[[], Callable[[Tensor], object]], x: Tensor) -> float:
+        def two_steps() -> object:
+            step = build()
+            step(x)
+            step(x)
+            return step  # held until the peak is taken
+
+        return (peak_bytes(two_steps, CPU) - peak_bytes(frozen(model, x), CPU)) / 1e6
+
+    for method in tta.list_methods(task="classification", two_towers=False):
+        x = images[: BATCH_SIZE.get(method, len(images))]
+        try:
+            own = above(lambda method=method: tta.adapt(model, method, source=images), x)
+        except (TypeError, ValueError) as error:
+            refused.append(method)
+            print(f"{method} did not run: {str(error).splitlines()[0]}", flush=True)
+            continue
+        other = above(lambda method=method: others[method](model, images), x) if method in others else None
+        beside = " | " if other is None else f"{other:.0f} | {own / other:.2f}"
+        lines.append(f"| `{method}` | {own:.0f} | {beside} |")
+        print(lines[-1], flush=True)
+    if refused:
+        lines += [
+            "",
+            f"Not on this model, or not without more than images: {', '.join(f'`{name}`' for name in refused)}.",
+        ]
+    return "\n".join(lines)
+
+
+ROW = re.compile(r"^\| `(\w+)` \|.*$", re.MULTILINE)
+
+
+def merged(block: str, command: str, conditions: str, rows: str) -> str:
+    """The block of steps with the rows of a table put into it, and the command that measured them added to its commands."""
+    new = {found[1]: found[0] for found in ROW.finditer(rows)}
+    old = {found[1]: found[0] for found in ROW.finditer(block)}
+    head, _, _ = rows.partition("| `")
+    commands = block.partition("```bash\n")[2].partition("```")[0].splitlines()
+    commands = [*(line for line in commands if line != command), command]
+    both = {**old, **new}
+    ordered = "\n".join(both[method] for method in PASSES if method in both)
+    return steps("\n".join(commands), conditions, head + ordered)
+
+
+def steps(commands: str, conditions: str, rows: str) -> str:
+    """A block of the page: how it was measured, and its table."""
+    return f"```bash\n{commands}\n```\n\n{conditions}\n\n{rows}"
+
+
+def between(page: str, name: str) -> str:
+    """What stands between the markers of a name."""
+    return page.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip()
 
 
 def written(page: str, name: str, text: str) -> str:
@@ -135,6 +242,7 @@ def written(page: str, name: str, text: str) -> str:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(PASSES), choices=list(PASSES))
+    parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=TABLES)
     parser.add_argument("--compile", nargs="*", default=[], metavar="METHOD", help="methods to measure compiled too")
     parser.add_argument("--beside", help="a Python file with STEPS, see above")
     parser.add_argument("--batch-size", type=int, default=200)
@@ -164,27 +272,42 @@ def main() -> None:
     others = steps_of(arguments.beside)
     images = torch.rand(arguments.batch_size, 3, 32, 32)
     model = resnet20(images)
-    rows = {}
-    for method in arguments.methods:
-        rows[method] = measure(model, method, images, arguments.rounds, method in arguments.compile, others.get(method))
-        print(
-            method,
-            {name: round(value / rows[method][0]["frozen"], 2) for name, value in rows[method][0].items()},
-            flush=True,
-        )
     words = [word if word != arguments.beside else "released.py" for word in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/performance.py", *words])
     threads = f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}"
-    steps = f"""\
-```bash
-{shlex.join(["python", "benchmarks/performance.py", *words])}
-```
+    conditions = (
+        f"ResNet-20 for 32-pixel images, random weights: {threads}, batch {arguments.batch_size}, {arguments.rounds} rounds, "
+        f"torch {torch.__version__}."
+    )
 
-ResNet-20 for 32-pixel images, random weights: {threads}, batch {arguments.batch_size}, {arguments.rounds} rounds, torch {torch.__version__}.
+    def block(name: str) -> str:
+        return between(arguments.page.read_text(encoding="utf-8"), name)
 
-{table(rows)}"""
-    page = written(arguments.page.read_text(encoding="utf-8"), "steps", steps)
-    page = written(page, "growth", growth(model, ["norm", "tent"], arguments.rounds))
-    arguments.page.write_text(page, encoding="utf-8")
+    def write(name: str, text: str) -> None:
+        page = arguments.page.read_text(encoding="utf-8")  # read again: it may have been edited meanwhile
+        arguments.page.write_text(written(page, name, text), encoding="utf-8")
+
+    if "steps" in arguments.tables:
+        is_whole = set(arguments.methods) == set(PASSES)
+        if not is_whole and conditions not in block("steps"):
+            sys.exit(
+                f"The rows of {arguments.page} that would stay were not measured as these would be ({conditions.removesuffix('.')}). "
+                "Give the settings that stand there, or measure every method."
+            )
+        rows = {}
+        for method in arguments.methods:
+            compiled = method in arguments.compile
+            rows[method] = measure(model, method, images, arguments.rounds, compiled, others.get(method))
+            shown = {name: round(value / rows[method][0]["frozen"], 2) for name, value in rows[method][0].items()}
+            print(method, shown, flush=True)
+        text = table(rows)
+        write(
+            "steps", steps(command, conditions, text) if is_whole else merged(block("steps"), command, conditions, text)
+        )
+    if "memory" in arguments.tables:
+        write("memory", f"{steps(command, conditions, memory(model, images, others))}")
+    if "growth" in arguments.tables:
+        write("growth", f"{steps(command, conditions, growth(model, arguments.rounds))}")
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ def test_a_grid_ends_with_the_same_table_though_a_node_is_killed(cluster, tmp_pa
 
 
 def test_cells_of_a_killed_node_are_run_again_on_another(cluster, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     tasks = ["__import__('runpy').run_path('sleeper.py')['node']", *map(str, range(8))]
     doomed, said, found = cluster.add_node(**node(num_cpus=3)), [], {}
+    monkeypatch.chdir(tmp_path)  # the node is elsewhere, and the cells' paths are meant from here
 
     def say(text):
         said.append(text)
@@ -112,8 +112,9 @@ def test_what_no_node_has_is_refused_and_what_a_cell_does_wrong_is_said(cluster)
     assert "_thread.lock" in found[lock].reason  # an outcome that cannot be sent
 
 
-def test_local_is_a_cluster_of_its_own(cluster):
+def test_local_is_a_cluster_of_its_own(cluster, monkeypatch):
     cluster.add_node(**node(num_cpus=1))
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)  # where Ray would connect to unasked
     (outcome,) = (outcome for _, outcome in workers.over_ray(eval, ["__import__('ray').nodes()"], "local"))
     theirs = {found.node_id for found in cluster.worker_nodes}
     assert theirs.isdisjoint(found["NodeID"] for found in outcome)
