@@ -178,10 +178,12 @@ class ITTA(SourceStage):
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits of the network with its maps."""
+        self._check_size(x)
         with added(self.model, self.stages, self.maps):
             return super().predict(x)
 
     def adapt(self, x: Tensor) -> Tensor:
+        self._check_size(x)
         if len(x) < 2:
             self.nothing_to_learn()
         for _ in range(self.config.steps if len(x) > 1 else 0):
@@ -193,6 +195,14 @@ class ITTA(SourceStage):
             self.update(self.config.loss_scale * self.auxiliary(others - features).square().mean())
         with torch.no_grad():
             return self.predict(x)
+
+    def _check_size(self, x: Tensor) -> None:
+        size, (height, width) = self.config.image_size, x.shape[2:]
+        require(
+            size is None or height == width == size,
+            f"images of {height} x {width} pixels with image_size={size}",
+            "the side of the images there, or null (None in Python) for maps of any size",
+        )
 
     def _styles(self, images: int) -> Styles:
         return drawn(images, self.config.mix, self.generator)

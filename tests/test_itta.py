@@ -42,6 +42,14 @@ def test_new_maps_change_nothing(name, size, request, golden_images):
     adapter(golden_images[:8])
 
 
+def test_images_of_another_size_than_the_maps_are_told(cnn, golden_images):
+    adapter = tta.adapt(cnn, "itta", image_size=64)
+    with pytest.raises(ValueError, match=r"images of 32 x 32 pixels with image_size=64; expected the side .* or null"):
+        adapter(golden_images[:4])
+    with adapter.paused(), pytest.raises(ValueError, match="image_size=64"):
+        adapter(golden_images[:4])
+
+
 def test_an_update_by_hand(cnn, golden_images):
     x = golden_images[:6]
     adapter = tta.adapt(
