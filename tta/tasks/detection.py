@@ -148,7 +148,9 @@ def precision(found: NDArray[Any], truth: NDArray[Any]) -> dict[str, Any]:
         [{"boxes": rows[:, :4], "labels": rows[:, 4].long(), "iscrowd": rows[:, 5].long()} for rows in kept[1]],
     )
     values = measured.compute()  # -1 where no box is true but crowds, which COCO leaves out
-    table = values["precision"][:, :, :, 0, -1].flatten(0, 1)  # overlaps x recalls, classes; objects of all sizes, 100 boxes
+    table = values["precision"][:, :, :, 0, -1].flatten(
+        0, 1
+    )  # overlaps x recalls, classes; objects of all sizes, 100 boxes
     classes = zip(values["classes"].view(-1).tolist(), table.T, strict=True)
     return {
         **{name: 100 * float(values[name]) if values[name] >= 0 else math.nan for name in NUMBERS},
