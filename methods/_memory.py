@@ -3,7 +3,7 @@
 Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,36 @@ def parts(memory: Bank, count: int, every: int) -> Iterator[slice]:
         part = slice(start, min(count, start + every - int(memory.offered) % every))
         yield part
         start = part.stop
+
+
+def predicted_by_parts(
+    memory: Bank,
+    x: Tensor,
+    every: int,
+    predict: Callable[[Tensor], Tensor],
+    remember: Callable[[Tensor, Tensor], None],
+    learn: Callable[[], None],
+) -> Tensor:
+    """Logits of a batch, (batch, classes): each part of it is predicted before the update that it triggers.
+
+    Args:
+        memory: counts the samples that it is offered.
+        x: (batch, ...), images that may be remembered.
+        every: number of samples between two updates.
+        predict: images -> logits.
+        remember: offers the images of a part to the memory, with their logits.
+        learn: makes an update.
+    """
+    found = []
+    for place in parts(memory, len(x), every):
+        part = x[place]
+        with torch.no_grad():
+            logits = predict(part)
+        remember(part, logits)
+        if memory.offered % every == 0:
+            learn()
+        found.append(logits)
+    return torch.cat(found)
 
 
 def offered(

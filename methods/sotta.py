@@ -9,7 +9,7 @@ from torch import Tensor
 from tta import memory, norms
 from tta.adapter import Adapter, OptimizerConfig, require
 from tta.functional import entropy, gradients_of
-from tta.methods._memory import parts
+from tta.methods._memory import predicted_by_parts
 from tta.methods._sharpness import perturbed
 
 
@@ -74,16 +74,8 @@ class SoTTA(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         if not self.input_finite:  # nothing of a bad batch may enter the memory
             return self.predict(x)
-        found, every = [], self.config.update_frequency
-        for place in parts(self.memory, len(x), every):
-            part = x[place]
-            with torch.no_grad():
-                logits = self.predict(part)
-            self._remember(part, logits)
-            if self.memory.offered % every == 0:
-                self._learn()
-            found.append(logits)
-        return torch.cat(found)
+        every = self.config.update_frequency
+        return predicted_by_parts(self.memory, x, every, self.predict, self._remember, self._learn)
 
     def _remember(self, x: Tensor, logits: Tensor) -> None:
         classes = logits.shape[1]
