@@ -386,8 +386,8 @@ class Guardian:
         of_source, shift = measured(self.shift, self._by_source, x)
         self._adapted, self._of_source = predicted, of_source
         now.undecided = self.workers.total(x) < FEW
+        assert self.monitor is not None
         if not now.undecided:
-            assert self.monitor is not None
             own, others = (self.workers.gathered(some_pixels(logits))[0] for logits in (predicted, of_source))
             self.monitor.update(own, others, shift)
         worse = now.undecided or self.monitor.mean > self.settings.tolerance

@@ -166,7 +166,8 @@ def digits_ssd(num_classes: int = 11) -> nn.Module:
     head = SSDLiteHead([96], anchors.num_anchors_per_location(), num_classes, nn.BatchNorm2d)
     found = {"score_thresh": 0.05, "nms_thresh": 0.45, "detections_per_img": 20, "topk_candidates": 60}
     raw = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # normalised before
-    return SSD(DigitsTrunk(), anchors, (64, 64), num_classes, head=head, **raw, **found)
+    detector: nn.Module = SSD(DigitsTrunk(), anchors, (64, 64), num_classes, head=head, **raw, **found)
+    return detector
 
 
 class PaddedShortcut(nn.Module):
