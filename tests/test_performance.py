@@ -77,6 +77,8 @@ NETWORKS = {"resnet18": {}, "vit_tiny_patch16_224": {"img_size": 32, "patch_size
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_checkpoints_in_a_network_of_timm_take_less_memory_and_change_no_logit(performance, name):
+    if not hasattr(timm.layers, "use_reentrant_ckpt"):
+        pytest.skip("this timm checkpoints reentrantly: blocks whose input has no gradient learn nothing")
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False, num_classes=10, **NETWORKS[name]).eval()
     batches = torch.rand(3, 16, 3, 32, 32)
