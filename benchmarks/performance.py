@@ -126,7 +126,7 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
 
 
 def sizes() -> dict[str, list[tuple[float, Callable[[], nn.Module], tuple[int, ...]]]]:
-    """What grows: for each kind of size the sizes, with the model and the shape of the batch of each."""
+    """Sizes of each kind that grows, with the model and the shape of the batch of each."""
 
     def model(**changes: int) -> Callable[[], nn.Module]:
         return lambda: CifarResNet(**changes).eval()
@@ -225,7 +225,7 @@ def steps(commands: str, conditions: str, rows: str) -> str:
 
 
 def between(page: str, name: str) -> str:
-    """What stands between the markers of a name."""
+    """Text between the markers of a name."""
     return page.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0].strip()
 
 

@@ -29,7 +29,7 @@ def evaluate(adapter, stream, collected):
 
 
 def run(adapter, batches):
-    """What the adapter gives for the images of all batches: a tensor, or a list with the boxes of each."""
+    """Outputs of the adapter for the images of all batches: a tensor, or a list with the boxes of each."""
     outputs = [adapter(batch) for batch in batches]
     return torch.cat(outputs) if isinstance(outputs[0], torch.Tensor) else [one for found in outputs for one in found]
 
@@ -82,7 +82,7 @@ def predicts_and_learns_nothing(adapter, batch):
 
 
 def with_and_without_bf16(make, batches, device):
-    """What fresh adapters give under autocast to bfloat16, and in float32."""
+    """Outputs of fresh adapters under autocast to bfloat16, and in float32."""
     reference = run(make(), batches)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         outputs = run(make(), batches)

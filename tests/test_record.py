@@ -1,4 +1,4 @@
-"""What is kept of a run: columns in few blocks, whatever the number of batches."""
+"""The record of a run: columns in few blocks, whatever the number of batches."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""What the server says of itself: state, health, metrics, dashboard, log lines and the page of its routes."""
+"""The server's account of itself: state, health, metrics, dashboard, log lines and the page of its routes."""
 
 import json
 import logging

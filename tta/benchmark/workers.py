@@ -126,7 +126,7 @@ def over_ray(
 
 
 def _taken(ray: Any, resources: Mapping[str, float]) -> dict[str, float]:
-    """What a cell takes of its machine; a ConfigError if that is nothing, or more than any machine has."""
+    """Resources that a cell takes of its machine; a ConfigError if that is nothing, or more than any machine has."""
     gpu = 1 if any(machine.get("GPU") for machine in _machines(ray)) else 0
     taken = {name: amount for name, amount in {"CPU": 1, "GPU": gpu, **resources}.items() if amount}
     if not taken:
@@ -146,7 +146,7 @@ def _options(taken: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _machines(ray: Any) -> list[dict[str, float]]:
-    """What each machine of the cluster that is alive has."""
+    """Resources of each machine of the cluster that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
