@@ -15,7 +15,6 @@ import json
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +98,25 @@ def model_of(data: str, arguments: argparse.Namespace) -> torch.nn.Module:
     return tta.load_model(arguments.model if data == "imagenet" else "cifar-resnet20", checkpoint=arguments.checkpoint)
 
 
-def batches(stream: Stream, shuffled: bool) -> Iterator[tuple[Any, int]]:
-    """The batches, each with the domain of its first image; shuffled inside the batch, always in the same way."""
-    generator = torch.Generator().manual_seed(SEED)
+def batches(stream: Stream, shuffled: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Images, labels and domains of the batches, made once for all methods; shuffled inside the batch, if asked."""
+    generator, found = torch.Generator().manual_seed(SEED), []
     for batch in stream:
         order = torch.randperm(len(batch.labels), generator=generator) if shuffled else slice(None)
-        yield (batch.images[order], batch.labels[order], batch.domain[order]), int(batch.domain[0])
+        found.append((batch.images[order], batch.labels[order], batch.domain[order]))
+    return found
 
 
-def run(model: torch.nn.Module, method: str, stream: Stream, shuffled: bool) -> dict[str, Any]:
+def run(model: torch.nn.Module, method: str, batches: list[Any], reset: bool) -> dict[str, Any]:
     """Mean error over the domains in %, as the method is and with the chain around it; passes an image, seconds."""
     name = method.partition(" ")[0]
     adapter, passes, chain = tta.adapt(model, name, **METHODS[method]), Passes(), LabelChain(3.5, 64)
     passes.attach(adapter)
     wrong: dict[str, dict[int, list[bool]]] = {"raw": defaultdict(list), "chain": defaultdict(list)}
     before, start = None, time.perf_counter()
-    for (images, labels, domains), domain in batches(stream, shuffled):
-        if stream.reset == "domain" and before not in (None, domain):
+    for images, labels, domains in batches:
+        domain = int(domains[0])
+        if reset and before not in (None, domain):
             adapter.reset()
             chain = LabelChain(3.5, 64)
         before = domain
@@ -194,9 +195,10 @@ def main() -> None:
             if not (left := [method for method in arguments.methods if method not in done]):
                 continue
             stream, shuffled = stream_of(data, name, arguments)
+            made = batches(stream, shuffled)
             for method in left:
                 try:
-                    row = run(model, method, stream, shuffled)
+                    row = run(model, method, made, stream.reset == "domain")
                 except ValueError as error:  # a model that the method does not adapt
                     print(f"{shown} {name} {method}: {str(error).partition('.')[0]}", flush=True)
                     continue

@@ -9,6 +9,7 @@ from tta import memory, norms, pooled
 from tta.adapter import Adapter, Config, require
 from tta.functional import logits_of
 from tta.methods._chain import LabelChain, Labels
+from tta.methods._doubt import Doubt
 
 ENOUGH = 16  # images whose statistics may stand for their domain
 CORRELATED_PRIOR = 2.0  # times ``prior`` where labels are correlated
@@ -39,14 +40,16 @@ class AutoConfig(Config):
 
 
 class Auto(Adapter):
-    """Statistics of whichever images tell most of the present domain, and a posterior of labels that come in runs.
+    """Statistics of the images that are like an image, and a posterior of labels that come in runs.
 
-    No gradient, at most 3 forwards an image. A batch of 16 or more whose labels look independent is normalised by its own
-    statistics and the source's, the latter more the less the two differ. Otherwise by a pool of the batch and a
-    class-balanced memory, each class weighing the same, memories of another domain little; pools cost two forwards
-    an image, which small batches save up for. Whether labels are correlated is decided by a permutation test on the order of
-    the predictions, and by how class frequencies vary between batches. Then the answer is the posterior of a sticky
-    chain of labels, or that under the batch's class frequencies.
+    No gradient, at most 3 forwards an image. Each image is normalised by the images of the batch that are like it at the first
+    layer, and by the source's statistics, layer by layer the more the less the two differ beyond chance: so images of several
+    domains may share a batch. While labels are correlated, and for batches below 16, a class-balanced memory joins the
+    batch, each class weighing the same; such pools cost two forwards an image, which small batches save up for. Whether
+    labels are correlated is decided by a permutation test on the order of the predictions, and by how class frequencies vary
+    between batches. Then the answer is the posterior of a sticky chain of labels, or that under the batch's class
+    frequencies. One batch in eight is compared with the source model; where the adapted predictions tell less of the
+    classes than the source's (:class:`~tta.methods._doubt.Doubt`), the answer is the mean of both log-probabilities.
 
     A model without BatchNorm layers predicts as it is, with the posterior.
 
@@ -66,6 +69,7 @@ class Auto(Adapter):
         self._pools = bool(norms.named_layers(self.model, norms.BATCH_NORMS))
         norms.blend_statistics(self.model, 1.0, pooled.PooledBatchNorm)
         self.labels_chain = LabelChain(self.config.evidence_for, 64)
+        self.doubt = Doubt()
         self.memory = memory.BalancedMemory(self.config.memory_size, lambda_t=1.0, lambda_u=0.0)
         self.register_buffer("correlated", torch.zeros((), dtype=torch.bool))
         self.look: Tensor | None
@@ -75,23 +79,50 @@ class Auto(Adapter):
     def predict(self, x: Tensor) -> Tensor:
         """Logits by the batch, the kept statistics and the labels of the images around."""
         logits = self._first(x)
+        if self._doubted():
+            logits = _mean(logits, self._by_source(x))
         return self._answer(logits, self._read(logits))
 
     @torch.no_grad()
     def adapt(self, x: Tensor) -> Tensor:
         self.memory.check(x)
         logits = self._first(x)
-        found = self._read(logits)
         if not (self.workers.all(logits.isfinite()) and self.input_finite):
-            return self._answer(logits, found)  # nothing of a bad batch may be remembered
-        if self._pools and (not self._alone(x) or _correlated(found)):
-            logits, found = self._by_pool(x, logits, found)
+            return self.predict(x)  # nothing of a bad batch may be remembered
+        others = self._compared(x, logits)
+        logits = _mean(logits, others)
+        found = self._read(logits)
         if self._pools:
+            if not self._alone(x) or _correlated(found):
+                logits, found = self._by_pool(x, logits, found, others)
             classes = self.workers.gathered(logits.argmax(1))[0].cpu()
             self.memory.add(x, classes, torch.zeros(len(classes)), classes=logits.shape[1])
         self.labels_chain.remember(found, self.input_finite)
         self.correlated.copy_(_correlated(found))
         return self._answer(logits, found)
+
+    def _doubted(self) -> bool:
+        """Whether the source's predictions are to be heard too."""
+        return self._pools and not self.correlated and self.doubt.raised()
+
+    def _compared(self, x: Tensor, logits: Tensor) -> Tensor | None:
+        """The source's logits of a batch that is compared, if they are to be heard.
+
+        While labels are correlated nothing is: predictions of one class are no collapse then.
+        """
+        if not self._pools or self.correlated:
+            return None
+        if not self.doubt.due():
+            self.doubt.skip()
+            return None
+        self.credit.sub_(self.workers.total(x))
+        source = self._by_source(x)
+        self.doubt.compare(self.workers.gathered(logits)[0], self.workers.gathered(source)[0])
+        return source if self.doubt.raised() else None
+
+    def _by_source(self, x: Tensor) -> Tensor:
+        with pooled.by_source(self.model):
+            return logits_of(self.model(x))
 
     def _alone(self, x: Tensor) -> bool:
         """Whether a batch's own statistics may stand for its domain."""
@@ -108,12 +139,11 @@ class Auto(Adapter):
         alone = self._alone(x)
         if not self._pools or (self.look is None and not alone):
             return logits_of(self.model(x))
-        ones = torch.ones(len(x), device=x.device)
-        known = None if alone else self.look
-        with pooled.pooling(self.model, pooled.Pool(ones, self.config.prior, known, self.workers)):
+        pool = pooled.Pool(pooled.alike, self.config.prior, None if alone else self.look, workers=self.workers)
+        with pooled.pooling(self.model, pool):
             return logits_of(self.model(x))
 
-    def _by_pool(self, x: Tensor, logits: Tensor, found: Labels) -> tuple[Tensor, Labels]:
+    def _by_pool(self, x: Tensor, logits: Tensor, found: Labels, others: Tensor | None) -> tuple[Tensor, Labels]:
         """Logits by the statistics of the batch and the memory, which are kept, if there is credit for them."""
         count = self.workers.total(x)
         size = count + len(self.memory)
@@ -122,18 +152,20 @@ class Auto(Adapter):
             return logits, found
         self.credit.sub_(size)
         images, classes, recent = self._pool_of(x, logits.argmax(1))
-        balance, prior = torch.ones(size, device=x.device), self.config.prior
-        if _correlated(found) | self.correlated:
-            held = logits.new_zeros(logits.shape[1]).index_add_(0, classes, balance)
-            balance, prior = 1 / (held[classes] + 0.5), CORRELATED_PRIOR * prior
+        uneven = bool(_correlated(found) | self.correlated)
 
         def weights(looks: Tensor) -> Tensor:
             self.look = pooled.look(looks, recent)
-            return balance * pooled.resemblance(looks, recent)
+            near = pooled.alike(looks)
+            if not uneven:
+                return near
+            held = near.new_zeros(size, logits.shape[1]).index_add_(1, classes, near)  # images like each one, by class
+            return near / (held[:, classes] + 0.5)
 
-        pool = pooled.Pool(weights, prior, workers=self.workers)
+        prior = (CORRELATED_PRIOR if uneven else 1.0) * self.config.prior
+        pool = pooled.Pool(weights, prior, recent=recent, workers=self.workers)
         with pooled.pooling(self.model, pool), norms.remembering(self.model):
-            logits = logits_of(self.model(images))[: len(x)]
+            logits = _mean(logits_of(self.model(images))[: len(x)], others)
         return logits, self._read(logits)
 
     def _pool_of(self, x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,6 +190,11 @@ class Auto(Adapter):
         # Without pools a domain in which the model prefers a class looks as if its labels did.
         uneven = found.uneven & self._pools
         return torch.where(found.sticky, found.chained, torch.where(uneven, by_frequency, logits))
+
+
+def _mean(logits: Tensor, others: Tensor | None) -> Tensor:
+    """The mean of log-probabilities; the logits as they are without others."""
+    return logits if others is None else (logits.log_softmax(1) + others.log_softmax(1)) / 2
 
 
 def _correlated(found: Labels) -> Tensor:

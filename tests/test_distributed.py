@@ -172,6 +172,16 @@ def _mean_of_means(self: Workers, values: Tensor, mask: Tensor | None = None) ->
     return kept / self.size
 
 
+_begin = Pool.begin
+
+
+def _begin_with_own(self: Pool, *moments: Tensor) -> None:
+    _begin(self, *moments)
+    own = torch.zeros(self.weights.shape[1])
+    own[self._mine] = 1
+    self.weights = self.weights * own / (self.weights * own).sum(1, keepdim=True)
+
+
 LEARNING = ["tent", "eata", "sar"]
 # name -> (class, its method, what takes its place, cases that it makes wrong)
 WRONG: dict[str, tuple[type, str, Callable, list[str]]] = {
@@ -185,7 +195,7 @@ WRONG: dict[str, tuple[type, str, Callable, list[str]]] = {
         [*LEARNING, "actmad"],
     ),
     "penalty of each worker": (Workers, "part", lambda self, x: x, ["eata", "actmad"]),
-    "pool of one worker": (Pool, "weighted", lambda self, values: self.weights @ values, ["auto", "default"]),
+    "pool of one worker": (Pool, "begin", _begin_with_own, ["auto", "default"]),
 }
 
 

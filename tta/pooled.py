@@ -12,74 +12,92 @@ from tta import norms
 from tta.distributed import ALONE, Workers
 from tta.functional import matmul
 
+WIDTH = 0.5  # of a domain, in log standard deviations of the channels
 LEAST_SPREAD = 0.02  # of images alike, in the source's standard deviations
 
 
 class Pool:
-    """One forward pass by the statistics of a pool of images: what its layers share. See :func:`pooling`.
+    """One forward pass of a pool of images, each by statistics of those that are like it: what the layers share.
+
+    See :func:`pooling`.
 
     Args:
-        weights: of the images, (n,), or a function that gives them from the images' :func:`signature` at the first layer,
-            (n, 2 * channels); they are divided by their sum. Of several workers, a function is given the images of all.
+        weights: from the :func:`signature` of all images at the first layer, (n, 2 * channels), the weight of each image in
+            the statistics of each, (n, n); rows are divided by their sums.
         prior: images that the source's statistics count as.
         known: :func:`look` of the images that the kept statistics are of. The kept ones then stand in for the pool's as far as
             the pool resembles those images.
+        recent: (n,), boolean, of all images, those whose statistics are kept while the model is remembering.
         workers: whose images the pool holds together.
 
     Attributes:
         familiar: share of the kept statistics, a scalar, after the first layer; 0 without ``known``.
-        share: of the pool in the statistics, a scalar, after the first layer: ``1 / (1 + prior / n + 1 / F)`` of n images.
-            F is how far their second moments at the first layer are from the source's, in units of their sampling noise:
-            1 or less for images like the source's, a hundred or more under noise or fog.
     """
 
-    share: Tensor
     familiar: Tensor
 
     def __init__(
         self,
-        weights: Tensor | Callable[[Tensor], Tensor],
+        weights: Callable[[Tensor], Tensor],
         prior: float,
         known: Tensor | None = None,
+        recent: Tensor | None = None,
         workers: Workers = ALONE,
     ) -> None:
-        self._given, self._prior, self._known, self._workers = weights, prior, known, workers
-        self.weights: Tensor | None = None  # of this worker's images
+        self._weigh, self._prior, self._known, self._recent, self._workers = weights, prior, known, recent, workers
+        self.weights: Tensor | None = None  # (this worker's images, images of all workers)
 
     def begin(self, mean: Tensor, square: Tensor, scale: Tensor) -> None:
-        """Settle weights and share at the first layer, from each image's moments about the source's mean."""
-        looks, mine = self._workers.gathered(signature(mean, square, scale))
-        given = self._workers.gathered(self._given)[0] if isinstance(self._given, Tensor) else self._given(looks)
-        weights = given / given.sum()
-        self.weights = weights[mine]
+        """Settle the weights at the first layer, from each image's moments about the source's mean."""
+        looks, self._mine = self._workers.gathered(signature(mean, square, scale))
+        rows = self._weigh(looks)[self._mine]
+        self.weights = rows / rows.sum(1, keepdim=True)
+        self.number = 1 / self.weights.square().sum(1, keepdim=True)  # of images, as far as their weights are equal
         self.familiar = looks.new_zeros(()) if self._known is None else familiarity(looks, self._known)
-        number = 1 / weights.square().sum()  # of images, as far as their weights are equal
-        ratio = square / scale
-        centre = self.weighted(ratio)
-        noise = self.weighted((ratio - centre).square()) / (number - 1).clamp(min=1)
-        excess = (centre - 1).square().mean() / noise.mean().clamp(min=1e-12)
-        # A single image has no noise to compare with: it counts by its number alone.
-        doubt = torch.where(number > 1.5, 1 / excess, 1.0)
-        self.share = 1 / (1 + self._prior / number + doubt)
 
-    def weighted(self, values: Tensor) -> Tensor:
-        """Weighted mean over the images, of values (n, channels) of this worker's: (channels,).
+    def statistics(self, mean: Tensor, square: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted moments of the images and the share of them in the statistics.
 
-        Values (n * parts, channels), as of a layer that is given the tokens of all images as rows, count by their image.
+        The share is ``1 / (1 + prior / n + 1 / F)`` of n images. F says how far their moments are from the source's beyond
+        chance: the squared distance over its expectation for images like the source's, minus one. It is 0 for
+        these, and a hundred or more under noise or fog.
+
+        Args:
+            mean, square: (n, channels), moments of each of this worker's images about the source's mean. Of (n * parts,
+                channels), as of a layer that is given the tokens of all images as rows, those of an image count together.
+            scale: (channels,), the source's variance.
+
+        Returns:
+            Mean and square, (n, channels), and share, (n, 1).
 
         Raises:
             ValueError: another number of rows.
         """
+        moments = torch.cat((mean / scale.sqrt(), square / scale), dim=1)
+        moments = self._workers.gathered(moments)[0]
         assert self.weights is not None
-        images = len(self.weights)
-        if len(values) != images:
-            if not images or len(values) % images:
+        images = self.weights.shape[1]
+        if len(moments) != images:
+            if not images or len(moments) % images:
                 raise ValueError(
-                    f"A BatchNorm layer was given {len(values)} rows for {images} images; expected the same number for each "
+                    f"A BatchNorm layer was given {len(moments)} rows for {images} images; expected the same number for each "
                     "image. Use another method, such as norm, for this model."
                 )
-            values = values.view(images, -1, values.shape[1]).mean(1)
-        return self._workers.sum(matmul(self.weights, values))
+            moments = moments.view(images, -1, moments.shape[1]).mean(1)
+        centre = matmul(self.weights, moments)
+        spread = matmul(self.weights, moments.square()) - centre.square()
+        chance = spread.mean(1, keepdim=True).clamp(min=1e-12) / (self.number - 1).clamp(min=1)
+        shift, ratio = centre.chunk(2, dim=1)
+        distance = torch.cat((shift, ratio - 1), dim=1).square().mean(1, keepdim=True)
+        # A single image has no noise to compare with: it counts by its number alone.
+        doubt = torch.where(self.number > 1.5, 1 / (distance / chance - 1).clamp(min=1e-3), 1.0)
+        return shift * scale.sqrt(), ratio * scale, 1 / (1 + self._prior / self.number + doubt)
+
+    def kept(self, rows: Tensor) -> Tensor:
+        """Mean over the recent images of all workers, of the rows (n, channels) of this worker's: (channels,)."""
+        assert self._recent is not None
+        recent = self._recent[self._mine].to(rows.dtype)
+        return self._workers.sum(matmul(recent, rows)) / self._recent.sum()
 
 
 def signature(mean: Tensor, square: Tensor, scale: Tensor) -> Tensor:
@@ -97,7 +115,7 @@ def signature(mean: Tensor, square: Tensor, scale: Tensor) -> Tensor:
 
 
 class PooledBatchNorm(norms.BlendedBatchNorm):
-    """A BatchNorm layer that normalises by kept statistics; while :func:`pooling`, by those of a weighted pool and the source.
+    """A BatchNorm layer that normalises by kept statistics; while :func:`pooling`, each image by those of a pool and the source.
 
     ``(1 - share) * source + share * pool``. Statistics enter as constants. The kept ones start at the source's.
     """
@@ -111,31 +129,47 @@ class PooledBatchNorm(norms.BlendedBatchNorm):
         self.register_buffer("kept_mean", mean.clone())
         self.register_buffer("kept_var", var.clone())
         self.pool: Pool | None = None
+        self.of_source = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pool is None:
-            mean, var = self.kept_mean, self.kept_var
-        else:
-            mean, var = self._pooled(x.detach(), self.pool)
-            if self.remember:
-                self._keep(mean, var)
+        mean, var = self.kept_mean, self.kept_var
+        if self.of_source:
+            mean, var = self._stored()
+        elif self.pool is not None and not self.workers.filling:
+            return self._by_image(x, *self._pooled(x.detach(), self.pool))
+        elif self.pool is not None:  # a worker without images: it takes part in what is gathered
+            self._pooled(x.detach(), self.pool)
         out: Tensor = functional_call(self.layer, {"running_mean": mean, "running_var": var}, (x,))
         return out
 
     @torch.no_grad()
     def _pooled(self, x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        """Mean and variance that each image is normalised by, (n, channels) each."""
         source_mean, source_var = self._stored()
         rest = list(range(2, x.dim()))
         # moments about the source's mean: those about zero would lose digits where the mean is large
         centred = self.workers.rows(x).float() - source_mean.view(1, -1, *[1] * len(rest))
         mean = centred.mean(rest) if rest else centred
         square = centred.square().mean(rest) if rest else centred.square()
+        scale = source_var + self.layer.eps
         if pool.weights is None:
-            pool.begin(mean, square, source_var + self.layer.eps)
-        shift = pool.weighted(mean)
-        var = (pool.weighted(square) - shift.square()).clamp(min=0)
-        mean, var = source_mean + pool.share * shift, torch.lerp(source_var, var, pool.share)
-        return torch.lerp(mean, self.kept_mean, pool.familiar), torch.lerp(var, self.kept_var, pool.familiar)
+            pool.begin(mean, square, scale)
+        shift, square, share = pool.statistics(mean, square, scale)
+        var = (square - shift.square()).clamp(min=0)
+        mean, var = source_mean + share * shift, source_var + share * (var - source_var)
+        mean, var = mean + pool.familiar * (self.kept_mean - mean), var + pool.familiar * (self.kept_var - var)
+        if self.remember:
+            self._keep(pool.kept(mean), pool.kept(var))
+        return mean, var
+
+    def _by_image(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """The layer on values that were brought, each image's by its own statistics, to the source's."""
+        source_mean, source_var = self._stored()
+        scale = ((source_var + self.layer.eps) / (var + self.layer.eps)).sqrt()
+        parts, wide = len(x) // len(mean), (-1, x.shape[1], *[1] * (x.dim() - 2))
+        shift, scale = (v.repeat_interleave(parts, 0).view(wide) for v in (source_mean - mean * scale, scale))
+        out: Tensor = self.layer(torch.addcmul(shift, x, scale).to(x.dtype))
+        return out
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, var: Tensor) -> None:
@@ -148,14 +182,27 @@ class PooledBatchNorm(norms.BlendedBatchNorm):
 @contextmanager
 def pooling(model: nn.Module, pool: Pool) -> Iterator[None]:
     """Within this context, one forward pass: every :class:`PooledBatchNorm` normalises by the pool."""
+    with _set(model, "pool", pool, None):
+        yield
+
+
+@contextmanager
+def by_source(model: nn.Module) -> Iterator[None]:
+    """Within this context every :class:`PooledBatchNorm` normalises by the source's statistics."""
+    with _set(model, "of_source", True, False):
+        yield
+
+
+@contextmanager
+def _set(model: nn.Module, name: str, value: object, usual: object) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, PooledBatchNorm)]
     for layer in layers:
-        layer.pool = pool
+        setattr(layer, name, value)
     try:
         yield
     finally:
         for layer in layers:
-            layer.pool = None
+            setattr(layer, name, usual)
 
 
 def look(looks: Tensor, reference: Tensor) -> Tensor:
@@ -175,21 +222,20 @@ def distances(looks: Tensor, centre: Tensor) -> Tensor:
     return (looks - centre).square().mean(1).sqrt()
 
 
-def resemblance(looks: Tensor, reference: Tensor) -> Tensor:
-    """Weight of each image by its distance from the images of reference, in (0, 1].
+def alike(looks: Tensor) -> Tensor:
+    """Weight of each image in the statistics of each, by how alike their channels' log standard deviations are, in (0, 1].
 
-    1 within their own spread, falling exponentially beyond it.
+    Images of one domain lie 0.1 to 0.6 apart, mostly by their contrast; noise, blur and fog 0.7 to 2 (see :data:`WIDTH`).
 
     Args:
-        looks: (n, width), of :func:`signature`.
-        reference: (n,), boolean, of the images to resemble, at least one; they weigh 1.
+        looks: (n, 2 * channels), of :func:`signature`.
 
     Returns:
-        (n,).
+        (n, n), symmetric, with ones on its diagonal.
     """
-    known = look(looks, reference)
-    beyond = distances(looks, known[:-1]) / (known[-1] + LEAST_SPREAD) - 1
-    return torch.where(reference, 1.0, torch.exp(-beyond.clamp(min=0)))
+    logs = looks.chunk(2, dim=1)[1]
+    squares = torch.cdist(logs, logs, compute_mode="donot_use_mm_for_euclid_dist").square() / logs.shape[1]
+    return torch.exp(-squares / (2 * WIDTH**2))
 
 
 def familiarity(looks: Tensor, known: Tensor) -> Tensor:
