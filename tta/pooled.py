@@ -12,7 +12,7 @@ from tta import norms
 from tta.distributed import ALONE, Workers
 from tta.functional import matmul
 
-WIDTH = 0.5  # of a domain, in log standard deviations of the channels
+WIDTH = 0.7  # of a domain, in log standard deviations of the channels
 LEAST_SPREAD = 0.02  # of images alike, in the source's standard deviations
 
 
