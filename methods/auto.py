@@ -115,7 +115,8 @@ class Auto(Adapter):
         if not self.doubt.due():
             self.doubt.skip()
             return None
-        self.credit.sub_(self.workers.total(x))
+        if not self._alone(x):
+            self.credit.sub_(self.workers.total(x))  # a forward less for pools
         source = self._by_source(x)
         self.doubt.compare(self.workers.gathered(logits)[0], self.workers.gathered(source)[0])
         return source if self.doubt.raised() else None

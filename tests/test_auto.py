@@ -318,6 +318,17 @@ def test_doubt_compares_one_batch_in_eight_and_forgets():
     assert all(torch.equal(before[name], value) for name, value in doubt.state_dict().items() if name != "batches")
 
 
+def test_comparisons_of_a_long_random_stream_leave_credit_for_pools(digits):
+    model, images, labels = digits
+    adapter = tta.adapt(model, "auto", guard=False)
+    for _ in range(4):
+        run(adapter, images, labels, 64)
+    assert adapter.credit >= 0
+    runs = in_runs(labels)
+    _, forwards = run(adapter, images[runs], labels[runs], 64)
+    assert forwards > 2
+
+
 def test_an_adapter_in_doubt_answers_by_both(digits):
     model, images, _ = digits
     adapter = tta.adapt(model, "auto", guard=False)

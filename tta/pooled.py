@@ -90,8 +90,8 @@ class Pool:
         shift, ratio = centre.chunk(2, dim=1)
         distance = torch.cat((shift, ratio - 1), dim=1).square().mean(1, keepdim=True)
         # A single image has no noise to compare with: it counts by its number alone.
-        doubt = torch.where(self.number > 1.5, 1 / (distance / chance - 1).clamp(min=1e-3), 1.0)
-        return shift * scale.sqrt(), ratio * scale, 1 / (1 + self._prior / self.number + doubt)
+        unsure = torch.where(self.number > 1.5, 1 / (distance / chance - 1).clamp(min=1e-3), 1.0)
+        return shift * scale.sqrt(), ratio * scale, 1 / (1 + self._prior / self.number + unsure)
 
     def kept(self, rows: Tensor) -> Tensor:
         """Mean over the recent images of all workers, of the rows (n, channels) of this worker's: (channels,)."""
