@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "tta.tasks": f"torch torchmetrics numpy tta.labels {BLOCKS}",
     "tta.towers": f"torch {BLOCKS}",
     "tta.models": f"torch timm torchvision transformers open_clip safetensors tta.paths tta.auxiliary_file tta.towers {BLOCKS}",
-    "tta.source": f"torch safetensors tta.tasks {BLOCKS}",
+    "tta.source": f"torch safetensors tta.places tta.tasks {BLOCKS}",
     "tta.adapter": f"torch safetensors tta.places tta.towers tta.tasks tta.source {BLOCKS}",
     "tta.artefact": "torch safetensors onnx onnxruntime tta.places tta.functional",
     "tta.guard": f"torch numpy {ADAPTER}",

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import tta
 from tta import taps
+from tta.benchmark import runs
 from tta.cli import main
 from tta.datasets import catalog
 from tta.methods import source_needs
@@ -147,6 +149,18 @@ def test_a_saved_file_comes_back_whole(cnn, golden_source, features, tmp_path):
     assert [entry.images for entry in loaded.entries] == [80, 80]
     for need in needs:
         assert all(torch.equal(value, loaded.get(need)[name]) for name, value in statistics.get(need).items())
+
+
+def test_a_file_is_written_whole_or_not_at_all(cnn, golden_source, features, tmp_path, monkeypatch):
+    file = tmp_path / "source.safetensors"
+    statistics = SourceStatistics.record(cnn, [features], golden_source)
+    statistics.save(file)
+    before = file.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        statistics.save(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_another_model_is_refused(cnn, golden_source):
@@ -450,6 +464,19 @@ def test_recorded_statistics_stand_in_for_the_images(tmp_path, capsys):
         with_images, with_file = (result_of(tmp_path / kind, method) for kind in ("images", "file"))
         assert with_images["errors"] == with_file["errors"]
         assert with_images["manifest"]["source_statistics"] == with_file["manifest"]["source_statistics"]
+
+
+def test_statistics_that_are_there_are_replaced_only_by_force(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "source.safetensors"
+    file.write_bytes(b"hours of work")
+    words = ["source", "digits-cnn", "digits-c", "eata", "-o", str(file)]
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "record", lambda *_, **__: pytest.fail("an image was read"))
+        assert main(words) == 2
+    assert f"'{file}' exists: name another file, or replace it with --force." in capsys.readouterr().err
+    assert file.read_bytes() == b"hours of work"
+    assert main([*words, "--force"]) == 0
+    assert [entry.need.kind for entry in SourceStatistics.load(file).entries] == ["fisher"]
 
 
 def test_a_folder_of_images_is_a_source(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tta import config
@@ -27,6 +28,12 @@ def usage_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         raise UsageError(str(error)) from error
+
+
+def check_new(file: Path, force: bool) -> None:
+    """Raise a UsageError for a file that is there, unless it is to be replaced: its making may have taken hours."""
+    if file.is_file() and not force:
+        raise UsageError(f"'{file}' exists: name another file, or replace it with --force.")
 
 
 def parse_request(words: Sequence[str]) -> runs.Request:

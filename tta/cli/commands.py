@@ -32,7 +32,7 @@ from tta import config, places
 from tta.allocator import keep_freed_memory
 from tta.benchmark import RunSettings, runs
 from tta.cli import listings
-from tta.cli.arguments import DEMO, MAIN, STREAM, UsageError, key_values, parse_request, usage_errors
+from tta.cli.arguments import DEMO, MAIN, STREAM, UsageError, check_new, key_values, parse_request, usage_errors
 from tta.cli.parser import make_parser
 from tta.messages import plain
 
@@ -250,6 +250,7 @@ def _source(arguments: argparse.Namespace) -> int:
             raise UsageError(
                 f"'{next(iter(request.stream_settings))}' is a setting of a stream, and this command runs none."
             )
+        check_new(arguments.out, arguments.force)
         model = runs.source_model(arguments.model, request, catalog.classes_of(request.stream))
         needs: list[Need] = []
         for name in request.methods:
@@ -282,7 +283,8 @@ def _train(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with usage_errors():
         request = stage.parse(arguments.method, arguments.words)
-        stage.check(arguments.data, arguments.out, arguments.force)
+        stage.check(arguments.data)
+        check_new(arguments.out, arguments.force)
         model = stage.make_model(arguments.model, request)
         data = stage.images(arguments.data, model, request)
     done = training.train(
@@ -367,7 +369,8 @@ def _export(arguments: argparse.Namespace) -> int:
     out = arguments.out
     with usage_errors():
         request = exporting.parse(arguments.words)
-        exporting.check_places(arguments.state, out, arguments.force)
+        exporting.check_places(arguments.state, out)
+        check_new(out, arguments.force)
         model = exporting.make_model(arguments.model, request)
         adapter = exporting.make_adapter(arguments.state, model, request)
     with places.tried(out, is_file=True):

@@ -58,8 +58,8 @@ def parse(words: Sequence[str]) -> Request:
     return request
 
 
-def check_places(state: Path, out: Path, force: bool) -> None:
-    """Raise an error where there is nothing to read, or where a file would be replaced that nobody said may be.
+def check_places(state: Path, out: Path) -> None:
+    """Raise an error where there is nothing to read, or where no format is known by the file's suffix.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: with what was found and what would work.
@@ -73,8 +73,6 @@ def check_places(state: Path, out: Path, force: bool) -> None:
         raise FileNotFoundError(
             f"There is no saved adapter at '{state}': adapter.save(path) or `tta serve` writes one."
         )
-    if out.exists() and not force:
-        raise UsageError(f"'{out}' exists: name another file, or replace it with --force.")
 
 
 def make_model(spec: str, request: Request) -> ImageClassifier:

@@ -193,7 +193,7 @@ def _source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("data", metavar="DATA")
     parser.add_argument("words", nargs="+", metavar="METHOD|KEY=VALUE")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="where to write the statistics")
+    _one_file(parser, "where to write the statistics")
 
 
 def _corrupt(parser: argparse.ArgumentParser) -> None:
@@ -256,8 +256,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("state", type=Path, metavar="STATE")
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("words", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="its suffix says the format")
-    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    _one_file(parser, "its suffix says the format")
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
@@ -265,7 +264,11 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("data", metavar="DATA")
     parser.add_argument("words", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
+    _one_file(parser, "a .safetensors file")
+
+
+def _one_file(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help=what)
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,16 +52,14 @@ def parse(method: str, words: Sequence[str]) -> Request:
     return Request(method, settings, hparams, stream)
 
 
-def check(data: str, out: Path, force: bool) -> None:
-    """Raise a UsageError where nothing can be trained, or where a file would be replaced that nobody said may be."""
+def check(data: str) -> None:
+    """Raise a UsageError for a stream on which no classifier can be trained."""
     task = catalog.task_of(data) if data in catalog.STREAMS else None
     if task is not None:
         raise UsageError(
             f"Stream '{data}' is of {task}; a source stage trains classifiers. For segmentation, `ttt_mae` trains its decoder itself "
             "on a folder of images, source=FOLDER of `tta run`, or is given one from Python, auxiliary=."
         )
-    if out.exists() and not force:
-        raise UsageError(f"'{out}' exists: name another file, or replace it with --force.")
 
 
 def make_model(spec: str, request: Request) -> Any:

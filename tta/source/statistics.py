@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tta import caches, fingerprint, norms
+from tta import caches, fingerprint, norms, places
 from tta.source.kinds import KINDS, Known, Need, SourceBatch
 
 BATCH_SIZE = 64
@@ -123,9 +123,10 @@ class SourceStatistics:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the tensors, the model's fingerprint and the settings."""
+        """Write one safetensors file, whole or not at all: the tensors, the model's fingerprint and the settings."""
         tensors, entries = self.tensors()
-        save_file(tensors, path, {"source_statistics": "1", "model": self.model, "entries": entries})
+        content = save(tensors, {"source_statistics": "1", "model": self.model, "entries": entries})
+        places.write(Path(path), lambda file: file.write(content))
 
     def tensors(self) -> tuple[dict[str, Tensor], str]:
         """All tensors under names of their own, and the rest as JSON; :meth:`of_tensors` puts them together again."""
