@@ -116,6 +116,10 @@ def test_torchvision_reads_the_weights_that_the_spec_names(tmp_path, monkeypatch
     assert model.clean_error == pytest.approx(30.242)
     assert model.class_names == published.meta["categories"]
     assert not model.training
+    with pytest.warns(UserWarning, match="'torchvision:resnet18/IMAGENET1K_V1' was trained for 1000 classes: the head"):
+        model = tta.load_model("torchvision:resnet18/DEFAULT", num_classes=7, new_head=True)
+    assert torch.equal(model.model.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+    assert (model.model.fc.out_features, model.class_names) == (7, None)
 
 
 @pytest.mark.skipif(not has_hf_hub(), reason="timm 1.0.3 does not import today's huggingface_hub")
@@ -136,6 +140,12 @@ def test_timm_reads_the_weights_of_the_tag(tmp_path, monkeypatch):
         "tench, Tinca tinca",
         "toilet tissue, toilet paper, bathroom tissue",
     ]
+    with pytest.warns(
+        UserWarning, match=r"'timm:resnet18.a1_in1k' was trained for 1000 classes: the head \(fc\) starts"
+    ):
+        model = tta.load_model("timm:resnet18", num_classes=7, new_head=True)
+    assert torch.equal(model.model.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+    assert (model.model.fc.out_features, model.class_names) == (7, None)
     assert model.clean_error is None
 
 
@@ -244,6 +254,53 @@ def test_a_checkpoint_for_other_classes_says_how_many(tmp_path):
     with pytest.raises(ValueError, match="It is for 100 classes, the network is for 10: num_classes=100"):
         tta.load_model("cifar-resnet20", checkpoint=tmp_path / "w.safetensors")
     assert tta.load_model("cifar-resnet20", checkpoint=tmp_path / "w.safetensors", num_classes=100)
+
+
+@pytest.mark.parametrize(
+    ("spec", "heads"),
+    [
+        ("cifar-resnet20", ["linear"]),
+        ("timm:deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+        ("torchvision:squeezenet1_1", ["classifier.1"]),
+    ],
+)
+def test_a_new_head_is_as_it_starts_and_all_other_weights_are_the_checkpoints(spec, heads, tmp_path):
+    donor = tta.load_model(spec, pretrained=False, num_classes=12)
+    save_file({key: value.contiguous() for key, value in donor.model.state_dict().items()}, tmp_path / "w.safetensors")
+    torch.manual_seed(1)
+    start = tta.load_model(spec, pretrained=False, num_classes=7).model.state_dict()
+    torch.manual_seed(1)
+    said = rf"was trained for 12 classes: the head \({', '.join(heads)}\) starts at random for 7, all other"
+    with pytest.warns(UserWarning, match=said):
+        model = tta.load_model(spec, checkpoint=tmp_path / "w.safetensors", num_classes=7, new_head=True)
+    for key, value in model.model.state_dict().items():
+        assert torch.equal(value, (start if key.rpartition(".")[0] in heads else donor.model.state_dict())[key])
+
+
+def test_a_new_head_is_made_only_where_the_number_of_classes_differs(tmp_path, recwarn):
+    donor = tta.load_model("digits-cnn-8")
+    save_file(donor.model.state_dict(), tmp_path / "w.safetensors")
+    checkpoint = {"checkpoint": tmp_path / "w.safetensors", "new_head": True}
+    same = tta.load_model("digits-cnn-8", **checkpoint)
+    assert torch.equal(same.model.fc.weight, donor.model.fc.weight)
+    with pytest.raises(ValueError, match="does not fit DigitsGN"):
+        tta.load_model("digits-gn", num_classes=5, **checkpoint)
+    wider = donor.model.state_dict() | {"fc.weight": torch.zeros(8, 65)}
+    save_file(wider, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"1 of another shape: fc.weight \(8, 65\) instead of \(8, 64\)\.$"):
+        tta.load_model("digits-cnn-8", **checkpoint)
+    assert not recwarn.list
+
+
+def test_a_new_head_on_the_weights_of_the_spec():
+    donor = tta.load_model("digits-cnn-8")
+    with pytest.raises(ValueError, match="num_classes=8 makes one for 8; `tta train` with num_classes=10 trains a new"):
+        tta.load_model("digits-cnn-8", num_classes=10)
+    with pytest.warns(UserWarning, match=r"'digits-cnn-8' was trained for 8 classes: the head \(fc\) starts at random"):
+        model = tta.load_model("digits-cnn-8", num_classes=10, new_head=True)
+    assert torch.equal(model.model.layer3.conv2.weight, donor.model.layer3.conv2.weight)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert (model.class_names, model.clean_error, model.spec) == (None, None, "digits-cnn-8")
 
 
 @pytest.mark.parametrize(

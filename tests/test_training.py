@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tta
 from tta import methods, taps, training
@@ -212,6 +212,23 @@ def test_the_command_line(tmp_path, capsys):
         str(tmp_path / "out"),
     ]
     assert main(["run", "digits-c", "ttt", *run]) == 0
+
+
+def test_weights_of_other_classes_are_fine_tuned_with_a_new_head_and_refused_by_a_run(tmp_path, capsys):
+    donor = tta.load_model("digits-cnn-8")
+    save_file(donor.model.state_dict(), tmp_path / "eight.safetensors")
+    checkpoint, file = f"checkpoint={tmp_path / 'eight.safetensors'}", tmp_path / "ten.safetensors"
+    words = ["epochs=1", "batch_size=1000", "augment=none", "lr=1e-9", checkpoint, "-o", str(file)]
+    assert main(["train", "source", "digits-cnn", "digits-c", *words]) == 2
+    assert "It is for 8 classes, the network is for 10" in capsys.readouterr().err
+    assert main(["train", "source", "digits-cnn", "digits-c", "num_classes=10", *words]) == 0
+    assert "was trained for 8 classes: the head (fc) starts at random for 10" in capsys.readouterr().err
+    trained = tta.load_model("digits-cnn", checkpoint=file).model
+    torch.testing.assert_close(trained.layer3.conv2.weight, donor.model.layer3.conv2.weight)
+    assert trained.fc.weight.std() > 0
+    run = ["run", "digits-c", "source", "model=digits-cnn", "num_classes=10", "samples=4", checkpoint]
+    assert main([*run, "--out", str(tmp_path / "out")]) == 2
+    assert "num_classes=8 makes one for 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

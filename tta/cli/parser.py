@@ -117,7 +117,8 @@ Source stage: train a classifier together with a method's auxiliary part, or alo
 and `tta.adapt(model, METHOD, auxiliary=FILE)` take it. If stopped, the same command resumes.
 
 METHOD:     one with a source stage (ttt, ttt_mae, clust3, itta, cta), or source for plain training
-MODEL:      as in `tta list models`; from a random start unless there is a checkpoint= or pretrained=true
+MODEL:      as in `tta list models`; from a random start unless there is a checkpoint= or pretrained=true; with num_classes=N
+            their head, if it is for another number of classes, starts at random
 DATA:       a stream with source images (digits-c), or a folder CLASS/IMAGE
 settings:   epochs=30 batch_size=128 optimizer=sgd|adamw lr=0.1 momentum=0.9 weight_decay=5e-4 decay_vectors=true
             schedule=cosine|steps|one-cycle|constant label_smoothing=0 augment=paper|crop|none seed=0

@@ -63,7 +63,10 @@ def check(data: str) -> None:
 
 
 def make_model(spec: str, request: Request) -> Any:
-    """The network to train: from a checkpoint, from its own weights, or from a random start that the seed decides."""
+    """The network to train: from a checkpoint, from its own weights, or from a random start that the seed decides.
+
+    Weights for another number of classes than ``num_classes=`` are taken but for the head, which starts at random.
+    """
     settings = request.settings
     torch.manual_seed(settings.seed)
     return load_model(
@@ -71,6 +74,7 @@ def make_model(spec: str, request: Request) -> Any:
         checkpoint=settings.checkpoint,
         num_classes=settings.num_classes,
         pretrained=settings.pretrained,
+        new_head=settings.num_classes is not None,
         mean=settings.mean,
         std=settings.std,
     )

@@ -2,9 +2,10 @@
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,10 @@ from tta import auxiliary_file, taps
 WRAPPINGS = ("state_dict", "model", "net")
 # Under these names wrapped networks save the constants of their input normalisation.
 NORMALISATION = (("mu", "sigma"), ("normalize.mean", "normalize.std"), ("mean", "std"))
+
+
+class OtherClasses(ValueError):
+    """Weights fit a network but for its head, which they have for another number of classes."""
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -62,14 +67,22 @@ def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
-def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[float]] | None:
+def load_weights(
+    model: nn.Module, path: str | Path, *, new_head: bool = False
+) -> tuple[list[float], list[float]] | None:
     """Load a checkpoint into a network, without prefixes such as ``module.``.
+
+    Args:
+        model: the network.
+        path: of the checkpoint.
+        new_head: see :func:`fit`.
 
     Returns:
         Mean and std of the input normalisation if the checkpoint holds them, else None.
 
     Raises:
         FileNotFoundError: there is no such file.
+        OtherClasses: the checkpoint's head is for another number of classes.
         ValueError: it cannot be read, or names are missing or unexpected, or shapes differ, or weights are not finite or
             not floating-point numbers; they are listed.
     """
@@ -81,7 +94,25 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[
         if all(key in state and key not in own for key in pair):
             mean, std = (state.pop(key).flatten().float().tolist() for key in pair)
             normalisation = mean, std
-    state = _aligned(state, own)
+    fit(model, _aligned(state, own), f"The checkpoint '{path}'", new_head=new_head)
+    return normalisation
+
+
+def fit(model: nn.Module, state: Mapping[str, Tensor], where: str, *, new_head: bool = False) -> None:
+    """Load weights by the network's own names.
+
+    Args:
+        model: the network.
+        state: name -> tensor.
+        where: the origin of the weights, which begins each message.
+        new_head: whether a head for another number of classes is left out, with a warning, and the network's stays as it is.
+
+    Raises:
+        OtherClasses: the head is for another number of classes.
+        ValueError: names are missing or unexpected, or shapes differ, or weights are not finite or not floating-point
+            numbers; they are listed.
+    """
+    own = model.state_dict()
     wrong = {
         "missing": sorted(key for key in own if key not in state and not key.endswith("num_batches_tracked")),
         "unexpected": sorted(key for key in state if key not in own),
@@ -91,13 +122,26 @@ def load_weights(model: nn.Module, path: str | Path) -> tuple[list[float], list[
             if state[key].shape != own[key].shape
         ),
     }
-    if any(wrong.values()):
+    other = None if wrong["missing"] or wrong["unexpected"] else _other_classes(model, state)
+    if other and new_head:
+        warnings.warn(
+            f"{where} was trained for {other.given} classes: the head ({', '.join(other.heads)}) starts at random for "
+            f"{other.expected}, all other weights are taken.",
+            stacklevel=2,
+        )
+        state = {key: value for key, value in state.items() if key.rpartition(".")[0] not in other.heads}
+    elif any(wrong.values()):
         lines = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in wrong.items() if keys]
-        hint = "" if wrong["missing"] or wrong["unexpected"] else _other_classes(model, state)
-        raise ValueError(f"The checkpoint '{path}' does not fit {type(model).__name__}. " + " ".join(lines) + hint)
-    refuse_bad_weights({key: (state[key], own[key].dtype) for key in own if key in state}, f"The checkpoint '{path}'")
-    model.load_state_dict(state, strict=False)  # only num_batches_tracked may be absent: nothing reads it in eval()
-    return normalisation
+        text = f"{where} does not fit {type(model).__name__}. " + " ".join(lines)
+        if other is None:
+            raise ValueError(text)
+        raise OtherClasses(
+            f"{text} It is for {other.given} classes, the network is for {other.expected}: num_classes={other.given} makes "
+            f"one for {other.given}; `tta train` with num_classes={other.expected} trains a new head."
+        )
+    refuse_bad_weights({key: (state[key], own[key].dtype) for key in own if key in state}, where)
+    # Absent are at most the head that starts anew, and num_batches_tracked, which nothing reads in eval().
+    model.load_state_dict(state, strict=False)
 
 
 def refuse_bad_weights(weights: Mapping[str, tuple[Tensor, torch.dtype]], where: str) -> None:
@@ -152,18 +196,27 @@ def _share_prefix(names: Iterable[str]) -> bool:
     return len(_first_parts(names)) == 1 and all("." in name for name in names)
 
 
-def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """A hint if the checkpoint's classifier has another number of classes than the network's, else nothing."""
+class _Other(NamedTuple):
+    """Heads, and the classes of the weights and of the network, where these numbers are all that differs."""
+
+    heads: list[str]
+    given: int
+    expected: int
+
+
+def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> _Other | None:
     own = model.state_dict()
     differing = {key for key in own if key in state and state[key].shape != own[key].shape}
+    if not differing or any(state[key].shape[1:] != own[key].shape[1:] for key in differing):
+        return None
     try:
-        head = taps.head(model)
+        heads = taps.heads(model)
     except ValueError:
-        return ""
-    if not differing <= {f"{head}.weight", f"{head}.bias"}:
-        return ""
-    given, expected = (len(weights[f"{head}.weight"]) for weights in (state, own))
-    return f" It is for {given} classes, the network is for {expected}: num_classes={given} makes one for {given}."
+        return None
+    numbers = {(len(state[key]), len(own[key])) for key in differing}
+    if len(numbers) > 1 or {key.rpartition(".")[0] for key in differing} != set(heads):
+        return None
+    return _Other(heads, *numbers.pop())
 
 
 def _some(keys: list[str]) -> str:

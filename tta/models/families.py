@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tta import paths
 from tta.messages import nearest
 from tta.models import networks
-from tta.models.checkpoints import load_weights
+from tta.models.checkpoints import OtherClasses, load_weights
 from tta.models.classifier import HALF, NO_MEAN, NO_STD, ImageClassifier
 
 
@@ -52,11 +52,12 @@ class ModelSpec:
         return {} if self.num_classes is None else {"num_classes": self.num_classes}
 
     def check_classes(self, of_weights: int) -> None:
-        """Raise a ValueError if weights are to be loaded whose classifier has another number of classes."""
+        """Raise an error if weights are to be loaded whose classifier has another number of classes."""
         if self.fetch and self.num_classes not in (None, of_weights):
-            raise ValueError(
+            raise OtherClasses(
                 f"The weights of '{self.text}' are for {of_weights} classes; num_classes={self.num_classes} would leave "
-                "the classifier untrained. Give checkpoint=PATH for weights with that many, or leave num_classes out."
+                "the classifier untrained. Give checkpoint=PATH for weights with that many, leave num_classes out, or let "
+                "`tta train` train a new head."
             )
 
 

@@ -1,6 +1,7 @@
 """Model specs: a name and a checkpoint become a module that takes images in [0, 1] and normalises them inside, once."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tta import auxiliary_file
 from tta.messages import nearest
 from tta.models import networks
-from tta.models.checkpoints import load_weights, refuse_bad_weights
+from tta.models.checkpoints import OtherClasses, fit, load_weights, refuse_bad_weights
 from tta.models.classifier import HALF, IMAGENET_MEAN, IMAGENET_STD, ImageClassifier
 from tta.models.families import FAMILIES, Family, ModelSpec, from_function
 from tta.models.vision_language import digits_clip, from_open_clip, from_transformers
@@ -80,6 +81,7 @@ def load_model(
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
     pretrained: bool = True,
+    new_head: bool = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     classes: Sequence[str] | None = None,
@@ -99,6 +101,8 @@ def load_model(
         checkpoint: weights to load instead: ``.safetensors``, or a file that ``torch.load(weights_only=True)`` reads.
         num_classes: of the classifier, if it differs from the spec's own.
         pretrained: load the spec's own weights if there is no checkpoint; ``False`` leaves the network untrained.
+        new_head: start of a training: of weights for another number of classes all but the head are taken, with a warning, and
+            the head starts at random; ``False`` refuses them.
         mean: per channel, of images in [0, 1], if the checkpoint was trained with other values than the spec's.
         std: per channel, likewise.
         classes: names that a vision-language model classifies by, in the order of the labels.
@@ -116,9 +120,14 @@ def load_model(
     names, sentences = (None if given is None else tuple(given) for given in (classes, templates))
     fetch = pretrained and checkpoint is None
     parsed = ModelSpec(spec, name, num_classes, fetch, names, sentences, tokenize, checkpoint)
-    model = _made(parsed)
+    try:
+        model = _made(parsed)
+    except OtherClasses:
+        if not new_head:
+            raise
+        model = _with_new_head(parsed)
     if checkpoint is not None and not isinstance(model.model, TwoTowers):
-        if brought := load_weights(model.model, checkpoint):
+        if brought := load_weights(model.model, checkpoint, new_head=new_head):
             model.normalise_by(*brought)
         model.auxiliary = auxiliary_file.read(checkpoint)
         if prefix != "robustbench":  # there the spec names the weights, wherever the file is
@@ -158,6 +167,15 @@ def _made(parsed: ModelSpec) -> ImageClassifier:
         return from_function(prefix, parsed)
     known = [*EMBEDDED, *TOWERS, *UNTRAINED, *(f"{family}:{name or 'NAME'}" for family in (*FAMILIES, *TOWER_FAMILIES))]
     raise ValueError(f"No model '{spec}'.{nearest(spec, known)} There are: {', '.join(list_models())}.")
+
+
+def _with_new_head(parsed: ModelSpec) -> ImageClassifier:
+    """The model of a spec with its own weights, but for a head that starts at random for another number of classes."""
+    network = _made(replace(parsed, fetch=False)).model
+    model = _made(replace(parsed, num_classes=None))
+    fit(network, model.model.state_dict(), f"'{model.spec}'", new_head=True)
+    model.model, model.clean_error, model.auxiliary = network, None, None
+    return model.named(None)
 
 
 def _of_towers(parsed: ModelSpec) -> ImageClassifier:

@@ -33,7 +33,8 @@ class TrainSettings:
         seed: of all that is drawn.
         checkpoint: weights to start from.
         pretrained: start from the weights that the model's name stands for.
-        num_classes: of the classifier, if it differs from the model's own.
+        num_classes: of the classifier, if it differs from the model's own; where it differs from that of the weights to start
+            from, the head starts at random.
         mean: of the images, see :func:`tta.load_model`.
         std: likewise.
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"``.
