@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import ENTROPIES, gradients_of, reliable, rows
+from tta.functional import ENTROPIES, gradients_of, reliable
 from tta.methods._kept import alone
 from tta.methods._sharpness import perturbed
 
@@ -75,14 +75,14 @@ class SAR(Adapter):
         for _ in range(self.config.steps):
             logits = self.predict(x)
             margin = _or(self.config.margin_e0, 0.4 * math.log(logits.shape[1]))
-            entropies = entropy(rows(logits))  # the pixels of a map are samples too
+            entropies = entropy(logits).flatten()  # the pixels of a map are samples too
             chosen = reliable(entropies, margin)
             ascent = self.workers.summed(gradients_of(self.workers.mean(entropies, chosen), parameters))
             images, kept = x, alone(self.model, x, chosen)
             if kept is not None:  # the second forward is of the reliable samples only
                 images, chosen = x[kept], chosen[kept]
             with perturbed(parameters, ascent, self.config.rho):
-                entropies = entropy(rows(self.predict(images)))
+                entropies = entropy(self.predict(images)).flatten()
                 chosen = chosen & reliable(entropies, margin)
                 loss = self.workers.mean(entropies, chosen)
                 gradients = gradients_of(loss, parameters)

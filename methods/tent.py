@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tta import norms
 from tta.adapter import Adapter, OptimizerConfig, require
-from tta.functional import ENTROPIES, rows
+from tta.functional import ENTROPIES
 
 
 @dataclass
@@ -50,6 +50,6 @@ class Tent(Adapter):
     def adapt(self, x: Tensor) -> Tensor:
         for _ in range(self.config.steps):
             logits = self.predict(x)
-            entropies = ENTROPIES[self.config.loss](rows(logits))  # the pixels of a map are samples too
-            self.update(self.workers.mean(entropies))
+            entropies = ENTROPIES[self.config.loss](logits)
+            self.update(self.workers.mean(entropies.flatten()))  # the pixels of a map are samples too
         return logits

@@ -91,10 +91,10 @@ def opinion_entropy(logits: Tensor) -> Tensor:
     Zhang et al., "COME: Test-time Adaption by Conservatively Minimizing Entropy", ICLR 2025.
 
     Args:
-        logits: (batch, classes), any floating dtype.
+        logits: (batch, classes), or maps (batch, classes, *positions); any floating dtype.
 
     Returns:
-        (batch,), float32, between 0 and ln(classes + 1).
+        (batch,), or (batch, *positions); float32, between 0 and ln(classes + 1).
     """
     logits = logits.float()
     held = F.normalize(logits, dim=1) * logits.detach().norm(dim=1, keepdim=True)

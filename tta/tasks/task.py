@@ -115,7 +115,8 @@ class Task:
 
         Minus infinity is sound in logits: it is the logarithm of a probability of 0.
         """
-        return output < math.inf  # type: ignore[no-any-return]
+        # The largest of each image, NaN if it holds one: to compare each value takes four times as long on a map.
+        return output.flatten(1).amax(1) < math.inf  # type: ignore[no-any-return]
 
     def spread(self, output: Any, good: "Tensor") -> Any:
         """The output of a batch of which only some images were good.
