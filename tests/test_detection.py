@@ -543,6 +543,38 @@ def test_labels_of_another_kind_are_refused(scripted):
         tta.evaluate(tta.adapt(scripted.model, "source", task="detection"), stream, progress=False)
 
 
+def test_precision_is_that_of_torchmetrics():
+    """Sixty crowded pictures of three classes, some boxes crowds, scores that tie, recalls of exact hundredths."""
+    pytest.importorskip("faster_coco_eval", reason="needs the extra `detection`")
+    from torchmetrics.detection import MeanAveragePrecision
+
+    draws = np.random.default_rng(0)
+    truth = np.full((60, 12, 6), np.nan, np.float32)
+    found = np.full((60, 130, 6), np.nan, np.float32)  # more than the 100 that count
+    for number in range(60):
+        count = draws.integers(1, 13)
+        corner = draws.uniform(0, 200, (count, 2))
+        truth[number, :count, :4] = np.concatenate([corner, corner + draws.uniform(5, 120, (count, 2))], 1)
+        truth[number, :count, 4], truth[number, :count, 5] = draws.integers(1, 4, count), draws.random(count) < 0.1
+        near = np.repeat(truth[number, :count], 130 // count, 0)
+        near[:, :4] += draws.normal(0, 6, (len(near), 4))
+        near[:, 5] = draws.random(len(near)).round(2)
+        near = near[: draws.integers(0, len(near) + 1)] if number % 7 else near
+        found[number, : len(near)] = near
+    measured = MeanAveragePrecision(class_metrics=True, backend="faster_coco_eval")
+    measured.warn_on_many_detections = False
+    rows = [[torch.from_numpy(one[~np.isnan(one[:, 4])]) for one in part] for part in (found, truth)]
+    measured.update(
+        [{"boxes": one[:, :4], "labels": one[:, 4].long(), "scores": one[:, 5]} for one in rows[0]],
+        [{"boxes": one[:, :4], "labels": one[:, 4].long(), "iscrowd": one[:, 5].long()} for one in rows[1]],
+    )
+    theirs, own = measured.compute(), tasks.precision(found, truth)
+    assert [own[name] for name in ("map", "map_50", "map_75")] == pytest.approx(
+        [100 * float(theirs[name]) for name in ("map", "map_50", "map_75")], abs=1e-5
+    )
+    assert list(own["classes"].values()) == pytest.approx((100 * theirs["map_per_class"]).tolist(), abs=1e-5)
+
+
 def test_crowds_alone_have_no_precision():
     pytest.importorskip("faster_coco_eval", reason="needs the extra `detection`")
     found, crowd = np.float32([[[0, 0, 9, 9, 1, 0.9]]]), np.float32([[[0, 0, 9, 9, 1, 1]]])

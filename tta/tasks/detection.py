@@ -1,7 +1,9 @@
 """Detection: boxes with classes and scores."""
 
+import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 PARTS = ("boxes", "labels", "scores")  # of each image, as torchvision's detectors return them
 NUMBERS = ("map", "map_50", "map_75")
 BACKEND = "faster_coco_eval"  # the module
-MISSING = "mAP is computed by torchmetrics with faster-coco-eval, which is not installed: pip install 'tta-toolkit[detection]'."
+OVERLAPS, RECALLS = (0.5, 0.95, 10), (0.0, 1.0, 101)  # first, last, how many
+OF_HALF, OF_THREE_QUARTERS = 0, 5  # places among the overlaps
+MISSING = "mAP is computed by faster-coco-eval, which is not installed: pip install 'tta-toolkit[detection]'."
 
 
 class Detection(Task):
@@ -118,7 +122,8 @@ class Detection(Task):
 def precision(found: NDArray[Any], truth: NDArray[Any]) -> dict[str, Any]:
     """Mean average precision of some images as COCO defines it, in percent.
 
-    Precision is read at 101 recalls, of at most 100 boxes an image, by :class:`torchmetrics.detection.MeanAveragePrecision`.
+    Precision is read at 101 recalls, of at most 100 boxes an image, by faster-coco-eval, as
+    :class:`torchmetrics.detection.MeanAveragePrecision` does.
 
     Lin et al., "Microsoft COCO: Common Objects in Context", ECCV 2014.
 
@@ -135,27 +140,82 @@ def precision(found: NDArray[Any], truth: NDArray[Any]) -> dict[str, Any]:
     """
     if find_spec(BACKEND) is None:
         raise ValueError(MISSING)
-    import torch
-    from torchmetrics.detection import MeanAveragePrecision
-
-    kept = [[torch.from_numpy(rows[~np.isnan(rows[:, 4])]) for rows in images] for images in (found, truth)]
-    if not sum(map(len, kept[1])):
+    classes = np.unique(np.concatenate([part[_is_box(part), 4] for part in (found, truth)])).astype(int).tolist()
+    if not _is_box(truth).any():
         return {**dict.fromkeys(NUMBERS, math.nan), "classes": {}}
-    # The classes are read from the whole table of precisions: class_metrics=True would match all boxes again for each.
-    measured = MeanAveragePrecision(extended_summary=True, backend="faster_coco_eval")
-    measured.update(
-        [{"boxes": rows[:, :4], "labels": rows[:, 4].long(), "scores": rows[:, 5]} for rows in kept[0]],
-        [{"boxes": rows[:, :4], "labels": rows[:, 4].long(), "iscrowd": rows[:, 5].long()} for rows in kept[1]],
-    )
-    values = measured.compute()  # -1 where no box is true but crowds, which COCO leaves out
-    table = values["precision"][:, :, :, 0, -1].flatten(
-        0, 1
-    )  # overlaps x recalls, classes; objects of all sizes, 100 boxes
-    classes = zip(values["classes"].view(-1).tolist(), table.T, strict=True)
+    with _uncollected():
+        table = _precisions(_annotated(found, "score", classes), _annotated(truth, "iscrowd", classes))
+    overlaps = dict(zip(NUMBERS, (table, table[OF_HALF], table[OF_THREE_QUARTERS]), strict=True))
+    known = {number: part for number, part in zip(classes, np.moveaxis(table, -1, 0), strict=True) if (part >= 0).all()}
     return {
-        **{name: 100 * float(values[name]) if values[name] >= 0 else math.nan for name in NUMBERS},
-        "classes": {int(number): 100 * float(part.mean()) for number, part in classes if (part >= 0).all()},
+        **{name: _percent(part[part >= 0]) for name, part in overlaps.items()},
+        "classes": {number: _percent(part) for number, part in known.items()},
     }
+
+
+def _is_box(rows: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of (images, most) rows hold a box."""
+    there: NDArray[np.bool_] = ~np.isnan(rows[..., 4])
+    return there
+
+
+def _percent(values: NDArray[Any]) -> float:
+    return 100 * float(values.mean()) if values.size else math.nan
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Within this context Python does not look for cycles of unused objects.
+
+    A dictionary for each of thousands of boxes would have it look through all objects of the process, again and again; that
+    takes as long as the evaluation, and finds nothing.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _annotated(rows: NDArray[Any], last: str, classes: Sequence[int]) -> Any:
+    """Boxes (images, most, 6) as COCO's annotations of images, whose last column has a name."""
+    from faster_coco_eval import COCO
+
+    image, _ = np.nonzero(_is_box(rows))
+    flat = rows[_is_box(rows)].astype(np.float32)
+    flat[:, 2:4] -= flat[:, :2]  # right and bottom become width and height
+    annotations = [
+        {"id": number, "image_id": place, "category_id": int(label), "bbox": box, "area": box[2] * box[3], last: value}
+        for number, (place, (*box, label, value)) in enumerate(zip(image.tolist(), flat.tolist(), strict=True), 1)
+    ]
+    images, categories = [{"id": place} for place in range(len(rows))], [{"id": label} for label in classes]
+    annotated = COCO()
+    annotated.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    annotated.createIndex()
+    return annotated
+
+
+def _precisions(found: Any, truth: Any) -> NDArray[np.float64]:
+    """Precision by overlap, recall and class, (10, 101, classes); -1 where no box is true but crowds, which COCO leaves out."""
+    import torch
+    from faster_coco_eval import COCOeval_faster
+
+    evaluation = COCOeval_faster(truth, found, "bbox", print_function=_silent)
+    settings = evaluation.params
+    # Rounded to float32 as those of torchmetrics: at some recalls another box counts.
+    settings.iouThrs, settings.recThrs = (torch.linspace(*of).double().numpy() for of in (OVERLAPS, RECALLS))
+    # By default COCO matches anew for small, medium and large objects, and reads of 1 and 10 boxes too.
+    settings.areaRng, settings.areaRngLbl, settings.maxDets = settings.areaRng[:1], settings.areaRngLbl[:1], [100]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    table: NDArray[np.float64] = evaluation.eval["precision"][:, :, :, 0, 0]
+    return table
+
+
+def _silent(text: str) -> None:
+    """Print nothing."""
 
 
 def _is_one(found: Any) -> bool:
