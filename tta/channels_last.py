@@ -107,17 +107,12 @@ class _NormaliseRows(torch.autograd.Function):
         stored_var: Tensor | None,
         share: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide, k = _wide(x)
-        own, var = _moments(wide, k)
+        own, var = _moments(*_wide(x))
         mean = own.clone()  # an output of its own
         if stored_mean is not None and stored_var is not None:
             mean = (1 - share) * stored_mean + share * own
             var = (1 - share) * stored_var + share * var
-        gain = weight * (var + eps).rsqrt()
-        # Written through a view, but not returned as one: autograd forbids in-place activations on a view that a custom
-        # function returns.
-        out = torch.empty_like(x, memory_format=torch.channels_last)
-        torch.addcmul(_repeated(bias - mean * gain, k), wide, _repeated(gain, k), out=_wide(out)[0])
+        out = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
         return out, mean, var, own
 
     @staticmethod
@@ -134,18 +129,15 @@ class _NormaliseRows(torch.autograd.Function):
         of_out, _ = _wide(gradients[0])
         # With given statistics the kernel returns both sums in one pass; the gradient through the statistics is added here.
         _, *sums = torch.ops.aten.native_batch_norm_backward(
-            of_out, wide, None, mean.repeat(k), var.repeat(k), None, None, False, ctx.eps, [False, True, True]
+            of_out, wide, None, _repeated(mean, k), _repeated(var, k), None, None, False, ctx.eps, [False, True, True]
         )
         of_weight, of_bias = (part.view(k, -1).sum(0) for part in sums)
         if not ctx.needs_input_grad[0]:  # the input is an image
             return None, of_weight, of_bias, None, None, None, None
-        scale = (var + ctx.eps).rsqrt()
-        gain, count = weight * scale, x.numel() // len(mean)
-        slope = gain * scale * of_weight * (ctx.share / -count)
-        offset = gain * of_bias * (ctx.share / -count) - slope * own
-        of_x = torch.empty_like(x, memory_format=torch.channels_last)
-        torch.addcmul(_repeated(offset, k), wide, _repeated(slope, k), out=_wide(of_x)[0])
-        _wide(of_x)[0].addcmul_(of_out, _repeated(gain, k))
+        gain = weight * (var + ctx.eps).rsqrt()
+        through = gain * (ctx.share * -len(mean) / x.numel())  # the batch's statistics
+        of_x = torch.batch_norm(x, through * of_weight, through * of_bias, own, var, False, 0.0, ctx.eps, False)
+        _wide(of_x)[0].addcmul_(of_out, _repeated(gain, k).view(1, -1, 1, 1))
         return of_x, of_weight, of_bias, None, None, None, None
 
     @staticmethod
@@ -166,7 +158,7 @@ def _moments(wide: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel from ``k`` sums of each."""
     means, variances = (part.view(k, -1) for part in torch.batch_norm_update_stats(wide, None, None, 0.0))
     mean = means.mean(0)
-    return mean, variances.mean(0) + (means - mean).square().mean(0)
+    return mean, (means - mean).square_().add_(variances).mean(0)
 
 
 WIDE = 2048  # number of channels at which the kernels reach their full speed
@@ -188,5 +180,5 @@ def _wide(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _repeated(values: Tensor, k: int) -> Tensor:
-    """One value per channel, repeated to (1, k * channels, 1, 1)."""
-    return values.repeat(k).view(1, -1, 1, 1)
+    """One value per channel, (channels,) -> (k * channels,)."""
+    return values.expand(k, -1).reshape(-1)
