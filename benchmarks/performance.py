@@ -1,6 +1,6 @@
 """Write the tables of docs/performance.md: what a step costs, how far that is from the floor, how it grows, what memory it takes.
 
-    python benchmarks/performance.py                                   # half an hour on two free cores
+    python benchmarks/performance.py                                   # every method that takes the model; an hour on a free core
     python benchmarks/performance.py --compile norm tent sar           # these compiled too, a minute or two more each
     python benchmarks/performance.py --beside released.py              # and other programs, in the same rounds
     python benchmarks/performance.py --tables steps --methods roid     # one row; the others stay
@@ -13,7 +13,7 @@ refused.
 
 Frozen forward, eager step, compiled step and the other program's step run one after another in every round; a ratio is one of
 medians of these rounds. A busy machine lengthens them alike; the medians of two runs differ by about 3 %. With
-``--threads 1`` they are times of the processor, not of the clock on the wall.
+``--threads 1`` they are times of the processor, not of the clock on the wall. A row is written as soon as it is measured.
 """
 
 import argparse
@@ -41,11 +41,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 CPU = torch.device("cpu")
 # Forwards and backward passes of a step, each as long as a frozen forward channels last. A backward pass to the maps alone is
 # as long as a forward, one to convolution weights too twice that. None: each forward that the step is seen to make has a
-# backward pass, and their number depends on what a filter keeps.
+# backward pass, and their number depends on what a filter keeps. Other methods have no floor in the table.
 PASSES = {
     **{"norm": 1, "tent": 2, "eata": 2, "sar": 4, "deyo": 3, "roid": None, "actmad": 3, "rotta": 4, "stamp": 19},
     "cotta": 37,
 }
+METHODS = tta.list_methods(task="classification", two_towers=False)
 TABLES = ("steps", "growth", "memory")
 GROWING = ("norm", "tent", "sar", "t3a")
 
@@ -96,7 +97,9 @@ def measure(
         beside = other(model, images)
         calls["beside"] = lambda: beside(x)
     found = medians(calls, rounds)
-    found["floor"] = passes(adapter, method, x) * found.pop("last")
+    last_forward = found.pop("last")
+    if method in PASSES:
+        found["floor"] = passes(adapter, method, x) * last_forward
     return found, peak_bytes(lambda: adapter(x), CPU) - peak_bytes(frozen(model, x), CPU)
 
 
@@ -107,14 +110,14 @@ def table(rows: dict[str, tuple[dict[str, float], int]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for method, (found, memory) in rows.items():
-        unit, floor = found["frozen"], found["floor"]
+        unit, floor = found["frozen"], found.get("floor", 0.0)
 
         def shown(name: str, by: float, found: dict[str, float] = found) -> str:
             return f"{found[name] / by:.2f}" if name in found and by else ""
 
         other = found.get("beside", 0.0)
         cells = [shown("eager", unit), shown("compiled", unit), shown("beside", unit), shown("eager", other)]
-        cells += [shown("compiled", other), f"{floor / unit:.2f}", shown("eager", floor), f"{memory / 1e6:.0f}"]
+        cells += [shown("compiled", other), shown("floor", unit), shown("eager", floor), f"{memory / 1e6:.0f}"]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -184,7 +187,7 @@ def memory(model: nn.Module, images: Tensor, others: dict[str, Any]) -> str:
 
         return (peak_bytes(two_steps, CPU) - peak_bytes(frozen(model, x), CPU)) / 1e6
 
-    for method in tta.list_methods(task="classification", two_towers=False):
+    for method in METHODS:
         x = images[: BATCH_SIZE.get(method, len(images))]
         try:
             own = above(lambda method=method: tta.adapt(model, method, source=images), x)
@@ -215,7 +218,7 @@ def merged(block: str, command: str, conditions: str, rows: str) -> str:
     commands = block.partition("```bash\n")[2].partition("```")[0].splitlines()
     commands = [*(line for line in commands if line != command), command]
     both = {**old, **new}
-    ordered = "\n".join(both[method] for method in PASSES if method in both)
+    ordered = "\n".join(both[method] for method in sorted(both))
     return steps("\n".join(commands), conditions, head + ordered)
 
 
@@ -241,7 +244,7 @@ def written(page: str, name: str, text: str) -> str:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", default=list(PASSES), choices=list(PASSES))
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS, metavar="METHOD")
     parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=TABLES)
     parser.add_argument("--compile", nargs="*", default=[], metavar="METHOD", help="methods to measure compiled too")
     parser.add_argument("--beside", help="a Python file with STEPS, see above")
@@ -288,22 +291,23 @@ def main() -> None:
         arguments.page.write_text(written(page, name, text), encoding="utf-8")
 
     if "steps" in arguments.tables:
-        is_whole = set(arguments.methods) == set(PASSES)
+        is_whole = set(arguments.methods) == set(METHODS)
         if not is_whole and conditions not in block("steps"):
             sys.exit(
                 f"The rows of {arguments.page} that would stay were not measured as these would be ({conditions.removesuffix('.')}). "
                 "Give the settings that stand there, or measure every method."
             )
-        rows = {}
+        text = "" if is_whole else block("steps")
         for method in arguments.methods:
             compiled = method in arguments.compile
-            rows[method] = measure(model, method, images, arguments.rounds, compiled, others.get(method))
-            shown = {name: round(value / rows[method][0]["frozen"], 2) for name, value in rows[method][0].items()}
-            print(method, shown, flush=True)
-        text = table(rows)
-        write(
-            "steps", steps(command, conditions, text) if is_whole else merged(block("steps"), command, conditions, text)
-        )
+            try:
+                row = measure(model, method, images, arguments.rounds, compiled, others.get(method))
+            except (TypeError, ValueError) as error:
+                print(f"{method} did not run: {str(error).splitlines()[0]}", flush=True)
+                continue
+            print(method, {name: round(value / row[0]["frozen"], 2) for name, value in row[0].items()}, flush=True)
+            text = merged(text, command, conditions, table({method: row}))
+            write("steps", text)
     if "memory" in arguments.tables:
         write("memory", f"{steps(command, conditions, memory(model, images, others))}")
     if "growth" in arguments.tables:

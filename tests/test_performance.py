@@ -38,6 +38,11 @@ def test_a_row_is_in_frozen_forwards(performance):
     assert row == "| `tent` | 2.50 | 1.50 | 5.00 | 0.50 | 0.30 | 1.00 | 2.50 | 7 |"
 
 
+def test_a_method_whose_passes_are_not_known_has_no_floor(performance):
+    *_, row = performance.table({"lame": ({"frozen": 2.0, "eager": 3.0}, 4_000_000)}).splitlines()
+    assert row == "| `lame` | 1.50 |  |  |  |  |  |  | 4 |"
+
+
 def test_the_exponent_is_that_of_a_power(performance):
     assert performance.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
 
@@ -49,7 +54,7 @@ def test_rows_of_other_methods_stay(performance):
     after = performance.merged(
         before, "second", "ON THIS.", performance.table({"sar": (faster, 1), "tent": (seconds, 1)})
     )
-    everything = {"norm": (seconds, 1), "tent": (seconds, 1), "sar": (faster, 1)}
+    everything = {"norm": (seconds, 1), "sar": (faster, 1), "tent": (seconds, 1)}
     assert after == performance.steps("first\nsecond", "ON THIS.", performance.table(everything))
     again = performance.merged(after, "second", "ON THIS.", performance.table({"tent": (seconds, 1)}))
     assert again == after
