@@ -74,4 +74,5 @@ class Doubt(nn.Module):
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    return torch.special.entr(probabilities).sum(-1)
+    summed: Tensor = torch.special.entr(probabilities).sum(-1)
+    return summed
