@@ -20,13 +20,14 @@ FOLDERS = {"tta": "tta", "methods": "tta/methods", "datasets": "tta/datasets", "
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHIPPED = {".py", ".yaml", ".safetensors", ".txt", ".typed", ".html", ".css", ".js"}
 # Extras of the package whose libraries it imports by name; the others are for its developers.
-LIBRARIES = ("plot", "hf", "clip", "ray", "serve", "demo", "export")
+LIBRARIES = ("detection", "plot", "hf", "clip", "ray", "serve", "demo", "export")
 IMPORTED_AS = {
     "scikit-learn": "sklearn",
     "pyyaml": "yaml",
     "pillow": "PIL",
     "prometheus-client": "prometheus_client",
     "open_clip_torch": "open_clip",
+    "faster-coco-eval": "faster_coco_eval",
 }
 
 
