@@ -19,7 +19,7 @@ def seeded(seed=0):
 
 
 def plain_alike(h, norm):
-    """How alike each two images are, by the log deviations of their channels about the source's."""
+    """Likeness of each two images, by the log deviations of their channels about the source's."""
     logs = []
     for image in h:
         rows = zip(image, norm.running_var + norm.eps, strict=True)

@@ -225,7 +225,8 @@ def distances(looks: Tensor, centre: Tensor) -> Tensor:
 def alike(looks: Tensor) -> Tensor:
     """Weight of each image in the statistics of each, by how alike their channels' log standard deviations are, in (0, 1].
 
-    Images of one domain lie 0.1 to 0.6 apart, mostly by their contrast; noise, blur and fog 0.7 to 2 (see :data:`WIDTH`).
+    Two images of one domain lie 0.4 apart in the median (0.15 to 0.8 in nine of ten pairs); where noise, blur and fog meet, two of
+    different domains lie 0.8 (CIFAR-10-C) or 1.1 (ImageNet) apart. See :data:`WIDTH`.
 
     Args:
         looks: (n, 2 * channels), of :func:`signature`.

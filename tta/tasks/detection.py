@@ -154,7 +154,7 @@ def precision(found: NDArray[Any], truth: NDArray[Any]) -> dict[str, Any]:
 
 
 def _is_box(rows: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of (images, most) rows hold a box."""
+    """Mask of the rows that hold a box: (images, most, 6) -> (images, most)."""
     there: NDArray[np.bool_] = ~np.isnan(rows[..., 4])
     return there
 
