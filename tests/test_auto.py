@@ -256,6 +256,27 @@ def test_rows_of_tokens_count_by_their_image(small_cnn):
     assert not torch.allclose(found[0], map_of.eval()(x), atol=1e-2)
 
 
+class ActivatedBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_activation_inside_a_layer_stays(net, layout):
+    x = torch.rand(20, 3, 8, 8, generator=seeded(2)).to(memory_format=layout)
+    activated = copy.deepcopy(net)
+    activated.norm.__class__ = ActivatedBatchNorm
+    for adapted in (net, activated):
+        adapted.norm.bias.data.uniform_(-0.5, 0.5, generator=seeded(3))
+    values, rectified = (pooled.PooledBatchNorm(adapted.norm, 1.0) for adapted in (net, activated))
+    h = net.conv(x)
+    for layer in (values, rectified):
+        layer.pool = pooled.Pool(pooled.alike, 8.0)
+    found = values(h)
+    assert (found < -0.1).any()
+    torch.testing.assert_close(rectified(h), found.relu(), rtol=1e-4, atol=1e-5)
+
+
 def test_rows_that_belong_to_no_image_are_refused(small_cnn):
     model = small_cnn(6, 4).eval()
     odd = nn.Sequential(model.conv, model.norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Unflatten(0, (1, -1)))

@@ -9,11 +9,13 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tta import norms
+from tta.channels_last import ChannelsLastBatchNorm2d
 from tta.distributed import ALONE, Workers
 from tta.functional import matmul
 
 WIDTH = 0.7  # of a domain, in log standard deviations of the channels
 LEAST_SPREAD = 0.02  # of images alike, in the source's standard deviations
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, ChannelsLastBatchNorm2d)
 
 
 class Pool:
@@ -150,7 +152,7 @@ class PooledBatchNorm(norms.BlendedBatchNorm):
         # moments about the source's mean: those about zero would lose digits where the mean is large
         centred = self.workers.rows(x).float() - source_mean.view(1, -1, *[1] * len(rest))
         mean = centred.mean(rest) if rest else centred
-        square = centred.square().mean(rest) if rest else centred.square()
+        square = centred.square_().mean(rest) if rest else centred.square()
         scale = source_var + self.layer.eps
         if pool.weights is None:
             pool.begin(mean, square, scale)
@@ -163,12 +165,16 @@ class PooledBatchNorm(norms.BlendedBatchNorm):
         return mean, var
 
     def _by_image(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """The layer on values that were brought, each image's by its own statistics, to the source's."""
+        """The layer with statistics of each image's own."""
+        layer, parts, wide = self.layer, len(x) // len(mean), (-1, x.shape[1], *[1] * (x.dim() - 2))
+        # A plain layer is one line a channel. Any other, which may hold an activation, is given values with the source's statistics.
+        plain = type(layer) in PLAIN and layer.affine
         source_mean, source_var = self._stored()
-        scale = ((source_var + self.layer.eps) / (var + self.layer.eps)).sqrt()
-        parts, wide = len(x) // len(mean), (-1, x.shape[1], *[1] * (x.dim() - 2))
-        shift, scale = (v.repeat_interleave(parts, 0).view(wide) for v in (source_mean - mean * scale, scale))
-        out: Tensor = self.layer(torch.addcmul(shift, x, scale).to(x.dtype))
+        centre, scale = (layer.bias, layer.weight) if plain else (source_mean, (source_var + layer.eps).sqrt())
+        slope = scale * (var + layer.eps).rsqrt()
+        shift, slope = (v.repeat_interleave(parts, 0).view(wide) for v in (centre - mean * slope, slope))
+        values = torch.addcmul(shift, x, slope).to(x.dtype)
+        out: Tensor = values if plain else layer(values)
         return out
 
     @torch.no_grad()
