@@ -1,13 +1,16 @@
-"""Freed memory is used again, where the process asked for it."""
+"""Freed memory is used again, and the collector rests, where the process asked for it."""
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tta import cli
+from tta.allocator import uncollected
 from tta.benchmark import workers
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
@@ -23,7 +26,7 @@ use_and_free()
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 """
 SCRIPT = f"""
-from tta.allocator import keep_freed_memory
+from tta.allocator import keep_freed_memory, uncollected
 kept = keep_freed_memory()
 {FAULTS}
 print(kept, faults)
@@ -68,3 +71,24 @@ def test_only_the_command_line_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "argv", ["tta", "list", "methods"])
     assert cli.main() == 0
     assert kept
+
+
+def test_the_collector_is_off_within_the_context_and_as_it_was_after_it() -> None:
+    with uncollected():
+        assert not gc.isenabled()
+        with uncollected():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_only_the_command_line_freezes_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr("tta.cli.commands.gc.freeze", lambda: frozen.append(True))
+    words = ["run", "digits-c", "source", "samples=4", "corruptions=[fog]", "--out"]
+    assert cli.main([*words, str(tmp_path / "of_a_program")]) == 0
+    assert not frozen
+    monkeypatch.setattr(sys, "argv", ["tta", *words, str(tmp_path / "of_the_command")])
+    monkeypatch.setattr("tta.cli.commands.keep_freed_memory", lambda: None)
+    assert cli.main() == 0
+    assert frozen

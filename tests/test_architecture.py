@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tta.labels": "",
     "tta.batches": "torch tta.labels",
     "tta.allocator": "",
-    "tta.tasks": f"torch numpy faster_coco_eval tta.labels {BLOCKS}",
+    "tta.tasks": f"torch numpy faster_coco_eval tta.allocator tta.labels {BLOCKS}",
     "tta.towers": f"torch {BLOCKS}",
     "tta.models": f"torch timm torchvision transformers open_clip safetensors tta.paths tta.auxiliary_file tta.towers {BLOCKS}",
     "tta.source": f"torch safetensors tta.places tta.tasks {BLOCKS}",

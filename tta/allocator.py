@@ -1,8 +1,11 @@
-"""Memory allocation for tensors on a CPU."""
+"""Memory of this process: allocation for tensors on a CPU, and Python's search for unused objects."""
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 SET_BY_THE_USER = ("MALLOC_", "GLIBC_TUNABLES")
@@ -23,3 +26,15 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within this context Python does not look for cycles of unused objects: for code that makes many objects and drops none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

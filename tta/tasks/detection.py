@@ -1,15 +1,14 @@
 """Detection: boxes with classes and scores."""
 
-import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tta.allocator import uncollected
 from tta.labels import UNKNOWN
 from tta.tasks.task import Scored, Tally, Task
 
@@ -143,7 +142,9 @@ def precision(found: NDArray[Any], truth: NDArray[Any]) -> dict[str, Any]:
     classes = np.unique(np.concatenate([part[_is_box(part), 4] for part in (found, truth)])).astype(int).tolist()
     if not _is_box(truth).any():
         return {**dict.fromkeys(NUMBERS, math.nan), "classes": {}}
-    with _uncollected():
+    # A dictionary for each of thousands of boxes would have Python look through all objects of the process, again and again: that
+    # takes as long as the evaluation, and finds nothing.
+    with uncollected():
         table = _precisions(_annotated(found, "score", classes), _annotated(truth, "iscrowd", classes))
     overlaps = dict(zip(NUMBERS, (table, table[OF_HALF], table[OF_THREE_QUARTERS]), strict=True))
     known = {number: part for number, part in zip(classes, np.moveaxis(table, -1, 0), strict=True) if (part >= 0).all()}
@@ -161,22 +162,6 @@ def _is_box(rows: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _percent(values: NDArray[Any]) -> float:
     return 100 * float(values.mean()) if values.size else math.nan
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Within this context Python does not look for cycles of unused objects.
-
-    A dictionary for each of thousands of boxes would have it look through all objects of the process, again and again; that
-    takes as long as the evaluation, and finds nothing.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _annotated(rows: NDArray[Any], last: str, classes: Sequence[int]) -> Any:
