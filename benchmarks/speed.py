@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                              # every method that takes the model; minutes on 2 cores
     python benchmarks/speed.py --methods norm tent --rounds 15 --threads 2
+    python benchmarks/speed.py --methods norm tent --precision bf16-mixed    # steps under autocast, the frozen forward as before
     python benchmarks/speed.py --model timm:resnet50 --checkpoint FILE --preset imagenet-c --size 224 --batch-size 64 --device cuda
 
 The frozen forward is the same model in eval(), float32, channels first, no gradient, on the same batch. The two run
@@ -112,8 +113,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    model: nn.Module, method: str, x: Tensor, source: Tensor, rounds: int, preset: str | None = None
+    model: nn.Module, method: str, x: Tensor, source: Tensor, rounds: int, preset: str | None, precision: str
 ) -> Measured:
+    def step(adapter: tta.Adapter) -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            adapter(x)
+
     def frozen() -> None:
         with torch.no_grad():
             model(x)
@@ -121,7 +126,7 @@ def measure(
     def three_steps() -> tta.Adapter:
         adapter = build(model, method, source, preset)
         for _ in range(3):
-            adapter(x)
+            step(adapter)
         return adapter
 
     frozen()
@@ -131,11 +136,11 @@ def measure(
     found = Measured(len(x), [], [], [], memory)
     for number in range(rounds + 1):
         forward = seconds(frozen, x.device)
-        step = seconds(lambda: adapter(x), x.device)
+        taken = seconds(lambda: step(adapter), x.device)
         of_plain = seconds(lambda: plain(x), x.device) / forward if plain else None
         if number:  # the first round warms up
-            found.milliseconds.append(1e3 * step)
-            found.ratios.append(step / forward)
+            found.milliseconds.append(1e3 * taken)
+            found.ratios.append(taken / forward)
             found.of_plain.extend([] if of_plain is None else [of_plain])
     return found
 
@@ -184,6 +189,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"], help="of the steps")
     arguments = parser.parse_args()
     presets = {name for method in arguments.methods for name in config.load("method", method)}
     if arguments.preset and arguments.preset not in presets:
@@ -205,14 +211,16 @@ def main() -> None:
     for method in arguments.methods:  # one after another: thirty adapters of a large model at once fill any GPU
         x = images[: BATCH_SIZE.get(method, arguments.batch_size)]
         try:
-            measured[method] = measure(model, method, x, images, arguments.rounds, arguments.preset)
+            measured[method] = measure(
+                model, method, x, images, arguments.rounds, arguments.preset, arguments.precision
+            )
             ratio = statistics.median(measured[method].ratios)
             # Printed at once, so that an interrupted run has shown something.
             print(f"{method}: {ratio:.2f} frozen forwards", file=sys.stderr, flush=True)
         except (TypeError, ValueError, torch.OutOfMemoryError) as error:
             refused[method] = str(error).splitlines()[0]
 
-    title = f"{spec or 'ResNet-20'}, {device}, {arguments.threads} threads, {arguments.rounds} rounds"
+    title = f"{spec or 'ResNet-20'}, {device}, {arguments.threads} threads, {arguments.rounds} rounds, {arguments.precision}"
     Console(width=None if sys.stdout.isatty() else 120).print(table(measured, title))
     for method, reason in refused.items():
         print(f"{method} did not run: {reason}")

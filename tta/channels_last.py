@@ -46,7 +46,7 @@ class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
 
 def in_rows(x: Tensor, layer: nn.BatchNorm2d) -> bool:
     """Whether :func:`normalised` serves the input of a layer: float32 and channels last on a CPU, more than one value a channel."""
-    return _has_rows(x) and layer.weight is not None and not _is_traced()
+    return _has_rows(x) and layer.weight is not None and layer.weight.dtype == x.dtype and not _is_traced()
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -78,8 +78,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     ``torch.var_mean`` reads channels-last images one value after the other: it takes 30 times as long on a CPU.
     """
+    x = x.float()
     if not _has_rows(x) or _is_traced():
-        var, mean = torch.var_mean(x.float(), dim=[d for d in range(x.dim()) if d != 1], correction=0)
+        var, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
         return mean, var
     return _moments(*_wide(x))
 

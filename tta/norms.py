@@ -450,11 +450,11 @@ class RobustBatchNorm(BlendedBatchNorm):
         if not self.remember:
             out: Tensor = self.layer(x)
             return out
-        if type(self.layer) is nn.BatchNorm2d and channels_last.in_rows(x, self.layer):
-            out, mean, var = channels_last.normalised(x, self.layer, self.weight)
-            self._store(mean, var)
-            return out
         values = x.float()
+        if type(self.layer) is nn.BatchNorm2d and channels_last.in_rows(values, self.layer):
+            out, mean, var = channels_last.normalised(values, self.layer, self.weight)
+            self._store(mean, var)
+            return out.to(x.dtype)
         batch_var, batch_mean = torch.var_mean(values, dim=[d for d in range(x.dim()) if d != 1], correction=0)
         running_mean, running_var = self._stored()
         mean = (1 - self.weight) * running_mean + self.weight * batch_mean
@@ -475,11 +475,11 @@ class MovingBatchNorm(BlendedBatchNorm):
             out: Tensor = self.layer(x)
             return out
         count = x.numel() / x.shape[1]
-        if type(self.layer) is nn.BatchNorm2d and channels_last.in_rows(x, self.layer):
-            out, mean, var = channels_last.normalised(x, self.layer)
-            self._follow(mean, var * (count / (count - 1)))
-            return out
         values = x.float()
+        if type(self.layer) is nn.BatchNorm2d and channels_last.in_rows(values, self.layer):
+            out, mean, var = channels_last.normalised(values, self.layer)
+            self._follow(mean, var * (count / (count - 1)))
+            return out.to(x.dtype)
         mean, var = self._take_in(values)
         return self._scaled((values - mean) / (var * ((count - 1) / count) + self.layer.eps).sqrt(), x.dtype)
 
