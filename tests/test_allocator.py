@@ -26,7 +26,7 @@ use_and_free()
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 """
 SCRIPT = f"""
-from tta.allocator import keep_freed_memory, uncollected
+from tta.allocator import keep_freed_memory
 kept = keep_freed_memory()
 {FAULTS}
 print(kept, faults)

@@ -45,7 +45,7 @@ class ChannelsLastBatchNorm2d(nn.BatchNorm2d):
 
 
 def in_rows(x: Tensor, layer: nn.BatchNorm2d) -> bool:
-    """Whether :func:`normalised` serves the input of a layer: float32 and channels last on a CPU, more than one value a channel."""
+    """Whether :func:`normalised` serves the input of a layer: both float32, channels last on a CPU, more than one value a channel."""
     return _has_rows(x) and layer.weight is not None and layer.weight.dtype == x.dtype and not _is_traced()
 
 

@@ -15,6 +15,7 @@ from tta.functional import matmul
 
 WIDTH = 0.7  # of a domain, in log standard deviations of the channels
 LEAST_SPREAD = 0.02  # of images alike, in the source's standard deviations
+# Layers that do nothing but normalise; subclasses may hold an activation.
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, ChannelsLastBatchNorm2d)
 
 
@@ -167,7 +168,7 @@ class PooledBatchNorm(norms.BlendedBatchNorm):
     def _by_image(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """The layer with statistics of each image's own."""
         layer, parts, wide = self.layer, len(x) // len(mean), (-1, x.shape[1], *[1] * (x.dim() - 2))
-        # A plain layer is one line a channel. Any other, which may hold an activation, is given values with the source's statistics.
+        # A plain layer is one line a channel. Any other is given values that have the source's statistics.
         plain = type(layer) in PLAIN and layer.affine
         source_mean, source_var = self._stored()
         centre, scale = (layer.bias, layer.weight) if plain else (source_mean, (source_var + layer.eps).sqrt())

@@ -109,8 +109,9 @@ def _say(console: Console, text: str, style: str = "") -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import tta
 
-    with usage_errors(), uncollected():  # the collector would take a fifth of the time of these imports
-        request = parse_request(arguments.words or DEMO)
+    with uncollected():  # the collector would take a fifth of the time of the imports
+        with usage_errors():
+            request = parse_request(arguments.words or DEMO)
         import_module("tta.engine")
     if arguments.own_process:
         gc.freeze()  # nor does it look through them later
