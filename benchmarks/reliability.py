@@ -263,7 +263,7 @@ def false_alarms(log: Log, data: Data, method: str, streams: int) -> None:
     """Share of healthy streams, each of one domain or several, of other order, severity and images, with an alarm."""
     alarmed = 0
     for seed in range(streams):
-        settings = {"severity": 1 + seed % 5, "samples": 200, "batch_size": (32, 64, 128)[seed % 3]}
+        settings = {"severity": 1 + seed % 5, "samples": 200, "batch_size": (16, 32, 64, 128)[seed % 4]}
         steps = Scenario(partial(plain, data, seed=seed, **settings))
         alarmed += run_cell(log, f"alarms|{method}|{seed}", data, steps, method, guard=True)["alarms"] > 0
     print(

@@ -106,6 +106,23 @@ def test_a_collapsed_source_is_no_witness_under_a_shift():
     assert any(reason.startswith("risk") for reason in found)
 
 
+@pytest.mark.parametrize("size", [1, 8, 16, 31])
+def test_a_source_that_collapses_in_a_new_domain_is_no_witness_in_small_batches_either(size):
+    generator = torch.Generator().manual_seed(0)
+    monitor = Monitor(10, 0.05, 0.02)
+
+    def adapted(images):
+        return spread_logits(torch.randint(10, (images,), generator=generator), generator)
+
+    for _ in range(1024 // size):  # a domain in which the source is right
+        source = adapted(size)
+        assert not monitor.update(source, source, shift=0.5)
+    collapsed = torch.zeros(size, 10)
+    collapsed[:, 8] = 4.0  # it gives that class 0.86
+    for _ in range(512 // size):
+        assert not monitor.update(adapted(size), collapsed, shift=0.6)
+
+
 def test_monitor_allows_one_class_where_the_source_sees_it_too():
     monitor, generator = Monitor(10, 0.05, 0.02), torch.Generator().manual_seed(0)
     one = torch.zeros(64, 10)

@@ -534,7 +534,7 @@ class Guardian:
         if self.stuck.last is not None and self.stuck.run is not None:
             tensors |= {"last": self.stuck.last, "run": self.stuck.run}
         if self.monitor is not None:
-            tensors["predicted"] = self.monitor.predicted
+            tensors |= {"predicted": self.monitor.predicted, "latest": self.monitor.latest}
         for number, snapshot in enumerate(self.snapshots):
             tensors |= {f"snapshot{number}.{name}": value for name, value in snapshot.items()}
         monitor = None if self.monitor is None else self.monitor.numbers()
@@ -551,9 +551,9 @@ class Guardian:
         if "last" in tensors:
             self.stuck.last, self.stuck.run = tensors["last"].clone(), tensors["run"].clone()
         if plain["monitor"] is not None:
-            predicted = tensors["predicted"].cpu()
+            predicted, latest = tensors["predicted"].cpu(), tensors.get("latest")
             self.monitor = Monitor(predicted.shape[1], self.settings.level, self.settings.tolerance)
-            self.monitor.load(plain["monitor"], predicted)
+            self.monitor.load(plain["monitor"], predicted, None if latest is None else latest.cpu())
         for number in range(2):
             prefix = f"snapshot{number}."
             found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -12,10 +12,10 @@ from tta.guard.bounds import Bet
 SCORES = (-0.5, 1.0)  # clipped: the narrower the range, the fewer images the test needs
 HALF_LIFE = 256  # compared images, after which one weighs half in the means
 # Classes over which the predictions of a source that is believed under a shift spread at least; in fog and contrast those of the
-# digits CNN spread over 1.0 to 1.5 in a batch of 32, and it is wrong on 89 %.
+# digits CNN spread over 1.0 to 1.5 in 32 images, and it is wrong on 89 %.
 WITNESS = 2.5
 SHIFTED = 0.4  # input shift, see tta.guard.shift
-MANY = 32  # images whose predicted classes say something by themselves
+MANY = 32  # images whose predicted classes say something by themselves; of smaller batches the latest that together have as many
 STRIDE = 4  # pixels of maps
 ROOT = 0.25  # of the pixels of a class, by which it weighs
 # Images for which a map stands in the lengths above and below: its classes together say more than one class.
@@ -106,9 +106,11 @@ class Monitor:
     belief: float = 0.0  # of the source in the adapter's classes
     own_belief: float = 0.0  # of the source in its own
     predicted: Tensor = field(init=False)  # (2, classes), classes of the adapter and of the source
+    latest: Tensor = field(init=False)  # (batches, 2, classes), the same of the latest MANY images
 
     def __post_init__(self) -> None:
         self.predicted = torch.zeros(2, self.classes, dtype=torch.float64)
+        self.latest = torch.zeros(0, 2, self.classes, dtype=torch.float64)
         self.test = Bet(self.level, self.tolerance, low=SCORES[0])
 
     @property
@@ -120,6 +122,7 @@ class Monitor:
         """Forget what was compared: the adapter is another one from now on. The level already spent stays spent."""
         self.scored = self.harm = self.seen = self.belief = self.own_belief = 0.0
         self.predicted.zero_()
+        self.latest = self.latest[:0]
         self.test.restart()
 
     def update(self, adapted: Tensor, source: Tensor, shift: float = 0.0) -> str:
@@ -128,9 +131,9 @@ class Monitor:
         ``shift`` is how far the images are from the source's, see :class:`tta.guard.shift.InputShift`.
         """
         scores = harm(adapted, source).tolist()
-        present = self._count(adapted.detach(), source)
+        self._count(adapted.detach(), source)
         if shift > SHIFTED:
-            spread, of_source = _spread(present if len(adapted) >= MANY else self.predicted)
+            spread, of_source = _spread(self.latest.sum(0))
             if of_source < WITNESS and spread > 2 * of_source:
                 return ""
         stands_for = 1 if adapted.dim() == 2 else PICTURE
@@ -142,8 +145,8 @@ class Monitor:
             return f"risk: harm {self.mean:+.2f} a prediction, surely above {self.tolerance:+.2f}"
         return self._collapse(ENOUGH / stands_for)
 
-    def _count(self, adapted: Tensor, source: Tensor) -> Tensor:
-        """Add the predicted classes to the counts; those of this batch, (2, classes)."""
+    def _count(self, adapted: Tensor, source: Tensor) -> None:
+        """Add the predicted classes to the counts."""
         p = source.double().softmax(1)
         a, s = (logits.argmax(1, keepdim=True) for logits in (adapted, source))
         belief, own_belief = (p.gather(1, found)[:, 0] for found in (a, s))
@@ -157,10 +160,13 @@ class Monitor:
         counts = torch.stack([torch.bincount(found.flatten(), minlength=self.classes) for found in (a, s)])
         counts = counts.double().cpu() / a[0].numel()  # pixels, 1 of a classifier
         self.predicted = kept * self.predicted + counts
+        self.latest = torch.cat([self.latest, counts[None]])
+        images = self.latest[:, 0].sum(1)
+        after = images.flip(0).cumsum(0).flip(0) - images  # images of later batches
+        self.latest = self.latest[after.round() < MANY]
         self.seen = kept * self.seen + len(a)
         self.belief = kept * self.belief + float(belief.sum())
         self.own_belief = kept * self.own_belief + float(own_belief.sum())
-        return counts
 
     def _collapse(self, enough: float) -> str:
         if self.seen < enough or self.belief > self.own_belief / 3:
@@ -171,15 +177,17 @@ class Monitor:
         return f"collapse: predictions spread over {spread:.1f} classes, the source's over {of_source:.1f}"
 
     def numbers(self) -> dict[str, Any]:
-        """The state but for the tensor, as JSON can hold it."""
+        """The state but for the tensors, as JSON can hold it."""
         return {"test": asdict(self.test)} | {name: getattr(self, name) for name in SUMS}
 
-    def load(self, numbers: dict[str, Any], predicted: Tensor) -> None:
-        """Take over a state of :meth:`numbers` and the tensor beside it."""
+    def load(self, numbers: dict[str, Any], predicted: Tensor, latest: Tensor | None) -> None:
+        """Take over a state of :meth:`numbers` and the tensors beside it, the second of which earlier versions had not."""
         self.test = Bet(**numbers["test"])
         for name in SUMS:
             setattr(self, name, numbers[name])
         self.predicted = predicted.clone()
+        if latest is not None:
+            self.latest = latest.clone()
 
 
 def _spread(counts: Tensor) -> tuple[float, float]:
