@@ -17,7 +17,7 @@ FOLDERS = {"tta": "tta", "methods": "tta.methods", "datasets": "tta.datasets", "
 # Building blocks: flat files, one idea each, that may use one another.
 BLOCKS = (
     "tta.messages tta.functional tta.distributed tta.norms tta.pooled tta.channels_last tta.taps tta.memory tta.ema tta.augment tta.fingerprint "
-    "tta.hyperparameters tta.caches tta.compiling"
+    "tta.hyperparameters tta.caches tta.compiling tta.precision"
 )
 ADAPTER = f"{BLOCKS} tta.towers tta.tasks tta.adapter tta.source"
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -93,6 +94,16 @@ def test_bf16_mixed_stays_near_float32(cnn, stream):
     mixed = tta.evaluate(tta.adapt(cnn, "tent"), stream, progress=False, precision="bf16-mixed")
     assert abs(full.mean_error - mixed.mean_error) < 4  # 5 of 128 samples
     assert mixed.manifest["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_bf16_without_units_for_it_warns(cnn, stream, units, monkeypatch):
+    monkeypatch.setattr("tta.precision._has_units", lambda: units)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tta.evaluate(tta.adapt(cnn, "source"), stream, progress=False, precision="bf16-mixed")
+        tta.evaluate(tta.adapt(cnn, "source"), stream, progress=False)
+    assert sum("no units for bfloat16" in str(one.message) for one in said) == (not units)
 
 
 def test_worker_processes_change_nothing(cnn, stream):

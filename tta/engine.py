@@ -24,6 +24,7 @@ from tta.config import as_dict
 from tta.datasets.stream import Batch, Stream
 from tta.messages import trainer_silenced
 from tta.online import OnlineModule, measure_cost, reset_period, rows_of
+from tta.precision import PRECISIONS, warn_if_slow
 from tta.progress import OnlineProgress
 from tta.results import Result, environment
 from tta.results.keeper import spread
@@ -32,7 +33,6 @@ from tta.towers import prompts_of
 __all__ = ["AdaptCallback", "Consistency", "OnlineModule", "OnlineProgress", "evaluate", "measure_cost", "reset_period"]
 
 LEFTOVERS = ("join", "keep")
-PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def evaluate(
@@ -128,6 +128,8 @@ def evaluate(
             enable_checkpointing=False,
             inference_mode=False,  # no_grad is enough, and inference tensors would make the adapter copy each batch
         )
+        if adapter.workers.rank == 0:
+            warn_if_slow(precision, trainer.strategy.root_device)
         module = OnlineModule(
             adapter,
             reset=stream.reset if reset is None else reset,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tta.messages import require
+from tta.precision import PRECISIONS
 
 AUGMENTS = ("paper", "crop", "none")
 SCHEDULES = ("cosine", "steps", "one-cycle", "constant")
@@ -82,6 +83,5 @@ class TrainSettings:
         require(self.patience >= 0, f"patience={self.patience}", "epochs, 0 for no early stop")
         require(not self.patience or self.validation > 0, "patience without validation", "a validation= above 0")
         require(self.num_workers >= 0, f"num_workers={self.num_workers}", "0 or more processes")
-        kinds = ("32-true", "bf16-mixed")
-        require(self.precision in kinds, f"precision={self.precision!r}", " or ".join(kinds))
+        require(self.precision in PRECISIONS, f"precision={self.precision!r}", " or ".join(PRECISIONS))
         require(self.logger in ("csv", "tensorboard", "none"), f"logger={self.logger!r}", "csv, tensorboard or none")

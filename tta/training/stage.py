@@ -18,6 +18,7 @@ from tta import auxiliary_file, config, methods, places
 from tta.adapter import config_class
 from tta.hyperparameters import as_dict
 from tta.messages import trainer_silenced
+from tta.precision import warn_if_slow
 from tta.training.data import collated, loaders, require_labels
 from tta.training.module import Best, Resumable, SourceModule
 from tta.training.settings import TrainSettings
@@ -111,6 +112,7 @@ def train(
         _check_resumed(resume, facts)
         best = [Best()] if wanted.patience else []
         trainer = _trainer(wanted, file, progress, logger, [*callbacks, *best, Resumable(resume, wanted.save_every)])
+        warn_if_slow(wanted.precision, trainer.strategy.root_device)
         trainer.fit(module, training, held, ckpt_path=str(resume) if resume.is_file() else None, **_trusted())
         if trainer.interrupted or trainer.received_sigterm:
             raise SystemExit(1)
