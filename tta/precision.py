@@ -8,7 +8,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def warn_if_slow(precision: str, device: torch.device) -> None:
-    """Warn of ``bf16-mixed`` on a processor that computes products of bfloat16 numbers one by one.
+    """Warn of ``bf16-mixed`` on a processor without units for bfloat16.
 
     ResNet-20, batch 64, on a processor with AVX2 alone: ``tent`` 28.4 frozen float32 forwards a step, 2.2 in float32.
     """
